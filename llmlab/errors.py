@@ -1,0 +1,40 @@
+"""Every error that a user can cause. Each message is one line: what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class LlmlabError(Exception):
+    """Base of all errors that llmlab raises on purpose. The command line prints the message and exits with 2."""
+
+
+class InputError(LlmlabError, ValueError):
+    """An argument has a value that can't be used."""
+
+
+class CheckpointError(LlmlabError):
+    """A checkpoint folder is incomplete, truncated or inconsistent."""
+
+
+class UnsupportedModelError(LlmlabError):
+    """A graph holds something that no pass or target handles; the message names it."""
+
+
+class EngineError(LlmlabError):
+    """An engine folder is damaged, altered, or of a version that this llmlab can't run."""
+
+
+class MissingDependencyError(LlmlabError, ImportError):
+    """An optional library is not installed; the message names the extra that brings it."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import `module`, or raise one line that names the llmlab extra to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{module} is needed here and can't be imported ({error}): pip install 'llmlab[{extra}]'"
+        ) from error
