@@ -62,13 +62,13 @@ class SamplingParams:
                 f"min_tokens is {self.min_tokens}, expected at most max_tokens ({self.max_tokens}); raise max_tokens"
             )
         if self.temperature is not None:
-            put(self, "temperature", _number("temperature", self.temperature, low=0, hint="0 is greedy"))
+            put(self, "temperature", _number("temperature", self.temperature, low=0, high=100, hint="0 is greedy"))
         if self.top_k is not None:
             put(self, "top_k", _integer("top_k", self.top_k, low=0, hint="0 turns it off"))
         if self.top_p is not None:
             put(self, "top_p", _number("top_p", self.top_p, above=0, high=1, hint="1 turns it off"))
         put(self, "min_p", _number("min_p", self.min_p, low=0, high=1, hint="0 turns it off"))
-        penalty = _number("repetition_penalty", self.repetition_penalty, above=0, hint="1 turns it off")
+        penalty = _number("repetition_penalty", self.repetition_penalty, low=0.01, high=100, hint="1 turns it off")
         put(self, "repetition_penalty", penalty)
         for name in ("presence_penalty", "frequency_penalty"):
             put(self, name, _number(name, getattr(self, name), low=-2, high=2, hint="0 turns it off"))
@@ -199,6 +199,6 @@ def _logit_bias(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise InputError(f"logit_bias is {_short(value)}, expected a mapping of token ids to numbers")
     return {
-        _integer("a token id in logit_bias", token, low=0): _number(f"logit_bias of token {token}", bias)
+        _integer("a token id in logit_bias", token, low=0): _number("a value in logit_bias", bias, low=-100, high=100)
         for token, bias in value.items()
     }

@@ -11,6 +11,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from llmlab.errors import InputError
+from llmlab.runtime.batch import EngineLimits
 from llmlab.runtime.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -54,8 +56,10 @@ class Sequence:
     num_tokens: int
     end_ids: frozenset[int]
     """Tokens that end this sequence."""
-    leader: Sequence | None = None
-    """The sibling whose keys and values of the prompt this one takes over instead of computing them."""
+    block_row: NDArray[np.int32]
+    """[max_blocks]; `blocks` as the backend wants them, the rest is -1"""
+    siblings: list[Sequence]
+    """All n sequences of the request."""
     status: Status = Status.WAITING
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -79,38 +83,92 @@ class Sequence:
         return self.status is Status.FINISHED
 
     @property
-    def shares_prompt(self) -> bool:
-        """Whether siblings want this sequence's keys and values, even without a prefix cache."""
-        return self.params.n > 1
+    def waits_for_sibling(self) -> bool:
+        """Whether a sibling is computing the prompt's keys and values, which this sequence can then use as well."""
+        return len(self.siblings) > 1 and any(
+            s.status is Status.RUNNING and s.num_computed < s.num_prompt for s in self.siblings
+        )
+
+    def set_blocks(self, blocks: list[int]) -> None:
+        self.blocks = blocks
+        self.block_row.fill(-1)
+        self.block_row[: len(blocks)] = blocks
+
+    def add_block(self, block: int) -> None:
+        self.block_row[len(self.blocks)] = block
+        self.blocks.append(block)
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether the next token is chosen from anything but the model's own logits."""
+        params = self.params
+        return (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+            or bool(params.logit_bias)
+            or self.num_output < params.min_tokens
+        )
 
     def append(self, token: int) -> None:
         self.tokens[self.num_tokens] = token
         self.num_tokens += 1
 
 
+def checked_prompt(request: Request, limits: EngineLimits) -> NDArray[np.int64]:
+    """The request's prompt as an array, when it and the parameters fit an engine. Raises InputError."""
+    params = request.params
+    if len(request.prompt_ids) == 0:
+        raise InputError("the prompt is empty, expected at least one token")
+    try:
+        prompt = np.asarray(request.prompt_ids)
+    except (ValueError, OverflowError):  # ragged
+        prompt = np.empty((0, 0))
+    if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
+        raise InputError("the prompt holds something that isn't an integer, expected a list of token ids")
+    outside = prompt[(prompt < 0) | (prompt >= limits.vocab_size)]
+    if len(outside):
+        raise InputError(f"the prompt holds token id {outside[0]}, expected ids from 0 to {limits.vocab_size - 1}")
+    longest = min(limits.max_seq_len - 1, limits.num_blocks * limits.block_size)
+    if len(prompt) > longest:
+        raise InputError(
+            f"the prompt has {len(prompt)} tokens, expected at most {longest}, which is what this engine holds beside "
+            "one token of output; shorten it or build the engine with a larger max_seq_len"
+        )
+    for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
+        for token in ids:
+            if token >= limits.vocab_size:
+                raise InputError(f"{name} holds token id {token}, expected ids from 0 to {limits.vocab_size - 1}")
+    if params.logprobs is not None and params.logprobs > limits.vocab_size:
+        raise InputError(f"logprobs is {params.logprobs}, expected at most the {limits.vocab_size} tokens there are")
+    return prompt.astype(np.int64)
+
+
 def expand(
-    request: Request, prompt: NDArray[np.int64], *, max_seq_len: int, eos_token_ids: frozenset[int], order: int
+    request: Request, prompt: NDArray[np.int64], *, limits: EngineLimits, eos_token_ids: frozenset[int], order: int
 ) -> list[Sequence]:
     """The n sequences of a request, with orders from `order` on. `prompt` is request.prompt_ids, checked."""
     params = request.params
     seed = secrets.randbits(63) if params.seed is None else params.seed
-    capacity = min(len(prompt) + params.max_tokens, max_seq_len)
+    capacity = min(len(prompt) + params.max_tokens, limits.max_seq_len)
     end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
-    sequences: list[Sequence] = []
+    siblings: list[Sequence] = []
     for index in range(params.n):
         tokens = np.empty(capacity, np.int64)
         tokens[: len(prompt)] = prompt
-        sequence = Sequence(
-            request_id=request.id,
-            index=index,
-            order=order + index,
-            params=params,
-            seed=seed + index,
-            tokens=tokens,
-            num_prompt=len(prompt),
-            num_tokens=len(prompt),
-            end_ids=end_ids,
-            leader=sequences[0] if sequences else None,
+        siblings.append(
+            Sequence(
+                request_id=request.id,
+                index=index,
+                order=order + index,
+                params=params,
+                seed=seed + index,
+                tokens=tokens,
+                num_prompt=len(prompt),
+                num_tokens=len(prompt),
+                end_ids=end_ids,
+                block_row=np.full(limits.max_blocks_per_seq, -1, np.int32),
+                siblings=siblings,
+            )
         )
-        sequences.append(sequence)
-    return sequences
+    return siblings

@@ -1,0 +1,234 @@
+"""The engine's inner loop: requests in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmlab.errors import EngineError, InputError, LlmlabError
+from llmlab.runtime.batch import Backend, StepBatch
+from llmlab.runtime.blocks import BlockManager, IntegrityError
+from llmlab.runtime.packing import pack
+from llmlab.runtime.request import FinishReason, Request, Sequence, checked_prompt, expand
+from llmlab.runtime.sampler import Sampler, TokenLogprobs
+from llmlab.runtime.scheduler import Batching, Schedule, Scheduler
+from llmlab.runtime.stats import CoreStats, StepStats
+
+NOT_FINITE = "the model returned logits without a finite largest value; its weights or their precision are at fault"
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceUpdate:
+    """What a step brought to one sequence. The token that ends an output (end of sequence, stop id) is part of it."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each of token_ids, when the request asked for them."""
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    """One line, when finish_reason is "error"."""
+
+
+class EngineCore:
+    """Requests on one backend, batched in flight. Not thread-safe: one thread calls, cancel() included.
+
+    max_num_seqs: most sequences in a step. max_tokens_per_step: most new tokens in a step; longer prompts are split.
+    prefix_cache: keep the keys and values of ended sequences for prompts that begin alike. batching: see Scheduler.
+    Raises InputError for sizes that the backend's limits don't allow.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        max_num_seqs: int,
+        max_tokens_per_step: int,
+        eos_token_ids: tuple[int, ...] = (),
+        prefix_cache: bool = False,
+        batching: Batching = "inflight",
+    ) -> None:
+        limits = backend.limits
+        if max_num_seqs < 1:
+            raise InputError(f"max_num_seqs is {max_num_seqs}, expected at least 1")
+        if not max_num_seqs <= max_tokens_per_step <= limits.max_tokens_per_step:
+            raise InputError(
+                f"max_tokens_per_step is {max_tokens_per_step}, expected at least max_num_seqs ({max_num_seqs}) "
+                f"and at most the engine's limit of {limits.max_tokens_per_step}"
+            )
+        if batching not in ("inflight", "static"):
+            raise InputError(f"batching is {batching!r}, expected 'inflight' or 'static'")
+        self.backend = backend
+        self.stats = CoreStats()
+        self._limits = limits
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._blocks = BlockManager(limits.num_blocks, limits.block_size, prefix_cache=prefix_cache)
+        self._scheduler = Scheduler(
+            self._blocks, max_num_seqs=max_num_seqs, max_tokens_per_step=max_tokens_per_step, batching=batching
+        )
+        self._sampler = Sampler()
+        self._live: dict[str, list[Sequence]] = {}
+        self._cancelled: list[SequenceUpdate] = []
+        self._num_sequences = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether step() has something to compute or to tell."""
+        return bool(self._live or self._cancelled)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises InputError, and changes nothing, when it can't be served."""
+        if request.id in self._live or any(update.request_id == request.id for update in self._cancelled):
+            raise InputError(f"request id {request.id!r} is in use, expected one that no unfinished request has")
+        prompt = checked_prompt(request, self._limits)
+        sequences = expand(
+            request, prompt, limits=self._limits, eos_token_ids=self._eos_token_ids, order=self._num_sequences
+        )
+        self._num_sequences += len(sequences)
+        self._live[request.id] = sequences
+        self._scheduler.add(sequences)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request now. The next step() tells "cancelled" of its unfinished sequences; unknown ids do nothing."""
+        for sequence in self._live.get(request_id, []):
+            if not sequence.finished:
+                self._end(sequence, "cancelled")
+                self._cancelled.append(SequenceUpdate(request_id, sequence.index, [], finish_reason="cancelled"))
+        self._release()
+
+    def finish(self, request_id: str, index: int, reason: FinishReason) -> None:
+        """End one sequence because of something that the caller saw, such as a stop string. No update follows."""
+        for sequence in self._live.get(request_id, []):
+            if sequence.index == index and not sequence.finished:
+                self._end(sequence, reason)
+        self._release()
+
+    def step(self) -> list[SequenceUpdate]:
+        """Schedule, execute, sample, finish. One update for every sequence that got a token or ended."""
+        started = time.perf_counter()
+        updates, self._cancelled = self._cancelled, []
+        plan = self._scheduler.schedule()
+        stats = self._count(plan)
+        self._release()
+        if plan.work:
+            batch, ready = pack(plan)
+            try:
+                logits = self._execute(batch, stats)
+                self._advance(plan)
+                updates += self._sample(logits, ready)
+            except EngineError as error:
+                updates += self._fail(plan, str(error))
+            except BaseException:  # Ctrl-C: how much was done is unknown, so the step's sequences start over
+                self._roll_back(plan, updates)
+                raise
+            self._release()
+        stats.step_s = time.perf_counter() - started
+        self.stats.note(stats)
+        return updates
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when a sequence or a block is lost, held twice or held by nobody."""
+        self._scheduler.check_integrity()
+        queued = [*self._scheduler.waiting, *self._scheduler.running]
+        live = [s for sequences in self._live.values() for s in sequences if not s.finished]
+        if {id(s) for s in queued} != {id(s) for s in live} or len(queued) != len(live):
+            raise IntegrityError(f"{len(live)} sequences are unfinished and {len(queued)} are scheduled")
+
+    def _execute(self, batch: StepBatch, stats: StepStats) -> NDArray[np.float32]:
+        """Logits of the step, [len(logits_index), vocab]. Whatever the backend raises becomes an EngineError."""
+        started = time.perf_counter()
+        try:
+            logits = self.backend.execute(batch)
+        except LlmlabError as error:
+            raise EngineError(str(error)) from error
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise EngineError(f"the backend failed in a step of {len(batch.kv_len)} sequences: {reason}") from error
+        finally:
+            stats.execute_s = time.perf_counter() - started
+        expected = (len(batch.logits_index), self._limits.vocab_size)
+        if logits.shape != expected:
+            raise EngineError(f"the backend returned logits of shape {logits.shape}, expected {expected}")
+        return logits
+
+    def _advance(self, plan: Schedule) -> None:
+        for sequence, count in plan.work:
+            start = sequence.num_computed
+            sequence.num_computed = start + count
+            if self._scheduler.shares_blocks(sequence):
+                self._blocks.record(sequence.blocks, sequence.tokens[: start + count], start)
+
+    def _sample(self, logits: NDArray[np.float32], ready: list[Sequence]) -> list[SequenceUpdate]:
+        if not ready:
+            return []
+        updates = []
+        for sequence, sample in zip(ready, self._sampler.sample(logits, ready), strict=True):
+            token_ids: list[int] = []
+            reason: FinishReason | None = "error"
+            error: str | None = NOT_FINITE
+            if sample.token_id is not None:
+                token_ids = [sample.token_id]
+                sequence.append(sample.token_id)
+                reason, error = self._verdict(sequence, sample.token_id)
+            if reason is not None:
+                self._end(sequence, reason, trusted=sample.token_id is not None)
+            logprobs = None if sample.logprobs is None else [sample.logprobs]
+            updates.append(SequenceUpdate(sequence.request_id, sequence.index, token_ids, logprobs, reason, error))
+        return updates
+
+    def _verdict(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | None]:
+        """Whether the sequence ends with this token, which it has already, and the error if it is one."""
+        if token in sequence.end_ids:
+            return "stop", None
+        if sequence.num_tokens == len(sequence.tokens):
+            return "length", None
+        if self._blocks.blocks_for(sequence.num_tokens) > self._blocks.num_blocks:
+            room = self._blocks.num_blocks * self._blocks.block_size
+            return (
+                "error",
+                f"the sequence fills the whole KV pool of {room} tokens; lower max_tokens",
+            )
+        return None, None
+
+    def _fail(self, plan: Schedule, text: str) -> list[SequenceUpdate]:
+        """End the sequences of a step that the backend couldn't do; what their blocks hold is unknown."""
+        updates = []
+        for sequence, _ in plan.work:
+            self._end(sequence, "error", trusted=False)
+            updates.append(SequenceUpdate(sequence.request_id, sequence.index, [], finish_reason="error", error=text))
+        return updates
+
+    def _roll_back(self, plan: Schedule, updates: list[SequenceUpdate]) -> None:
+        self._cancelled = [update for update in updates if update.finish_reason == "cancelled"]
+        for sequence, _ in plan.work:
+            if not sequence.finished:
+                self._scheduler.preempt(sequence, keep_blocks=False)
+        self._release()
+
+    def _end(self, sequence: Sequence, reason: FinishReason, *, trusted: bool = True) -> None:
+        sequence.finish_reason = reason
+        self._scheduler.remove(sequence, keep_blocks=trusted)
+        if all(s.finished for s in sequence.siblings):
+            del self._live[sequence.request_id]
+
+    def _release(self) -> None:
+        dead = self._blocks.drain_dead()
+        if dead:
+            self.backend.release(dead)
+
+    @staticmethod
+    def _count(plan: Schedule) -> StepStats:
+        num_tokens = sum(count for _, count in plan.work)
+        num_decoded = sum(count == 1 and sequence.num_computed >= sequence.num_prompt for sequence, count in plan.work)
+        return StepStats(
+            steps=1,
+            sequences=len(plan.work),
+            prefill_tokens=num_tokens - num_decoded,
+            decode_tokens=num_decoded,
+            cached_tokens=plan.num_cached,
+            preemptions=plan.num_preempted,
+        )

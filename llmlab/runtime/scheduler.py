@@ -1,0 +1,165 @@
+"""Which sequences run in the next step, and how many tokens of each. Policy only: nothing here computes."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from llmlab.runtime.batch import BlockCopy
+from llmlab.runtime.blocks import BlockManager, IntegrityError
+from llmlab.runtime.request import Sequence, Status
+
+Batching = Literal["inflight", "static"]
+
+
+class Work(NamedTuple):
+    """The next `num_new` tokens of a sequence, from its `num_computed` on, are to be computed."""
+
+    sequence: Sequence
+    num_new: int
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step's work, decided and with its blocks allocated."""
+
+    work: list[Work] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+    num_preempted: int = 0
+    num_cached: int = 0
+    """Tokens of newly admitted sequences whose keys and values were there already."""
+
+
+class Scheduler:
+    """First come, first served, decided anew in each step (Yu et al., Orca, 2022).
+
+    Running sequences that decode come first, one token each, then those in the middle of their prompt, then waiting
+    ones while there are blocks, places (`max_num_seqs`) and tokens (`max_tokens_per_step`) left. Prompts longer than
+    what is left are split. When a decoding sequence needs a block and there is none, the youngest running one loses its
+    blocks and waits to be computed again. `batching="static"` only admits once every sequence of the last batch has ended.
+    """
+
+    def __init__(
+        self, blocks: BlockManager, *, max_num_seqs: int, max_tokens_per_step: int, batching: Batching = "inflight"
+    ) -> None:
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_tokens_per_step = max_tokens_per_step
+        self.batching = batching
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._batch: list[Sequence] = []  # static batching: those that are admitted together
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        self.waiting.extend(sequences)
+
+    def remove(self, sequence: Sequence, *, keep_blocks: bool = True) -> None:
+        """End a sequence, wherever it is. keep_blocks=False: what is in its blocks can't be used again."""
+        (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
+        sequence.status = Status.FINISHED
+        self.blocks.free(sequence.blocks, keep=keep_blocks)
+
+    def preempt(self, sequence: Sequence, *, keep_blocks: bool = True) -> None:
+        """Send a running sequence back to wait, to be computed again."""
+        self.running.remove(sequence)
+        self.blocks.free(sequence.blocks, keep=keep_blocks)
+        sequence.status = Status.WAITING
+        sequence.num_computed = 0
+        _insert(self.waiting, sequence)
+
+    def shares_blocks(self, sequence: Sequence) -> bool:
+        """Whether to look for, and to record, what this sequence's blocks hold: for the cache or for its siblings."""
+        return self.blocks.prefix_cache or sequence.params.n > 1
+
+    def schedule(self) -> Schedule:
+        """Decide the next step and allocate its blocks. Sequences stay in `running` until `remove`d."""
+        plan = Schedule()
+        self._schedule_decodes(plan)
+        budget = self.max_tokens_per_step - len(plan.work)
+        for sequence in self.running:
+            if sequence.num_pending > 1 and budget > 0:
+                count = min(sequence.num_pending, budget)
+                plan.work.append(Work(sequence, count))
+                budget -= count
+        if not plan.num_preempted:  # what was just preempted would come straight back
+            self._admit(plan, budget)
+        return plan
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when a sequence, or a block of one, is lost or in two places."""
+        if any(s.status is not Status.WAITING or s.blocks or s.num_computed for s in self.waiting):
+            raise IntegrityError("a waiting sequence holds blocks")
+        if any(s.status is not Status.RUNNING for s in self.running):
+            raise IntegrityError("a sequence that doesn't run is among the running")
+        for queue in (self.waiting, self.running):
+            orders = [s.order for s in queue]
+            if orders != sorted(set(orders)):
+                raise IntegrityError(f"sequences are out of order: {orders}")
+        if len(self.running) > self.max_num_seqs:
+            raise IntegrityError(f"{len(self.running)} sequences run, at most {self.max_num_seqs} may")
+        for s in self.running:
+            if not s.num_computed < s.num_tokens or len(s.blocks) < self.blocks.blocks_for(s.num_computed):
+                raise IntegrityError(f"sequence {s.order} has {s.num_computed} tokens computed in blocks {s.blocks}")
+            if s.block_row[: len(s.blocks)].tolist() != s.blocks or (s.block_row[len(s.blocks) :] != -1).any():
+                raise IntegrityError(f"sequence {s.order} has blocks {s.blocks} and its table row {s.block_row}")
+        self.blocks.check_integrity(s.blocks for s in self.running)
+
+    def _schedule_decodes(self, plan: Schedule) -> None:
+        for sequence in list(self.running):  # oldest first, so a preempted one is never in the plan already
+            if sequence.status is Status.RUNNING and sequence.num_pending == 1:
+                plan.num_preempted += self._make_room(sequence)
+                if sequence.status is Status.RUNNING:
+                    plan.work.append(Work(sequence, 1))
+
+    def _make_room(self, sequence: Sequence) -> int:
+        """Get the block that the next token needs, if it needs one; the number of sequences preempted for it."""
+        num_preempted = 0
+        while sequence.status is Status.RUNNING and len(sequence.blocks) < self.blocks.blocks_for(sequence.num_tokens):
+            if self.blocks.num_available:
+                sequence.add_block(self.blocks.allocate_one())
+            else:
+                self.preempt(self.running[-1])  # maybe this one
+                num_preempted += 1
+        return num_preempted
+
+    def _admit(self, plan: Schedule, budget: int) -> None:
+        candidates = self.waiting
+        if self.batching == "static":
+            if all(sequence.finished for sequence in self._batch):
+                self._batch = self.waiting[: self.max_num_seqs]
+            candidates = [sequence for sequence in self._batch if sequence.status is Status.WAITING]
+        admitted: list[Sequence] = []
+        for sequence in candidates:
+            if budget <= 0 or len(self.running) >= self.max_num_seqs:
+                break
+            if sequence.waits_for_sibling:
+                continue
+            tokens = sequence.tokens[: sequence.num_tokens]
+            allocation = self.blocks.can_allocate(
+                tokens, reuse=self.shares_blocks(sequence), spare=self._num_needed_next()
+            )
+            if allocation is None:
+                break
+            blocks, copies = self.blocks.allocate(allocation)
+            sequence.set_blocks(blocks)
+            sequence.num_computed = allocation.num_cached
+            sequence.status = Status.RUNNING
+            _insert(self.running, sequence)
+            admitted.append(sequence)
+            count = min(sequence.num_pending, budget)
+            budget -= count
+            plan.work.append(Work(sequence, count))
+            plan.copies += copies
+            plan.num_cached += allocation.num_cached
+        for sequence in admitted:
+            self.waiting.remove(sequence)
+
+    def _num_needed_next(self) -> int:
+        """Blocks that running sequences need for their next token; a newcomer that took them would be preempted."""
+        return sum(self.blocks.blocks_for(s.num_tokens + 1) > len(s.blocks) for s in self.running)
+
+
+def _insert(queue: list[Sequence], sequence: Sequence) -> None:
+    bisect.insort(queue, sequence, key=lambda other: other.order)
