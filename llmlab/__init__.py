@@ -1,0 +1,90 @@
+"""llmlab: from a language-model checkpoint to a fast engine, one visible step at a time.
+
+    import llmlab as ll
+    graph = ll.optimize(ll.export("path/or/hub-id"))
+    llm = ll.LLM(ll.build(graph, "engines/mine"))
+    llm.generate("How do I count to nine in French?")
+
+The names below are imported when they are first used (PEP 562), so that `import llmlab` costs nothing and needs no
+optional library.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    __version__: str
+    from llmlab.build import build as build
+    from llmlab.errors import LlmlabError as LlmlabError
+    from llmlab.graph.export import export as export
+    from llmlab.graph.graph import Graph as Graph
+    from llmlab.graph.optimize import optimize as optimize
+    from llmlab.runtime.async_llm import AsyncLLM as AsyncLLM
+    from llmlab.runtime.engine import Engine as Engine
+    from llmlab.runtime.llm import LLM as LLM
+    from llmlab.runtime.params import SamplingParams as SamplingParams
+
+_HOME = {
+    "export": "llmlab.graph.export",
+    "optimize": "llmlab.graph.optimize",
+    "build": "llmlab.build",
+    "Graph": "llmlab.graph.graph",
+    "Engine": "llmlab.runtime.engine",
+    "LLM": "llmlab.runtime.llm",
+    "AsyncLLM": "llmlab.runtime.async_llm",
+    "SamplingParams": "llmlab.runtime.params",
+    "LlmlabError": "llmlab.errors",
+}
+
+__all__ = [  # noqa: RUF022 (in the order of the road)
+    "export",
+    "optimize",
+    "build",
+    "Graph",
+    "Engine",
+    "LLM",
+    "AsyncLLM",
+    "SamplingParams",
+    "LlmlabError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module 'llmlab' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("llmlab")
+    except PackageNotFoundError:  # a source tree on the path, not installed
+        return "0+unknown"
+
+
+class _Package(ModuleType):
+    """Importing llmlab/build.py binds the module to `llmlab.build`; this keeps the function of that name there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _HOME.get(name) == value.__name__:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
