@@ -101,10 +101,9 @@ def draw(logits: NDArray[np.float32], peak: np.float32, params: SamplingParams, 
     cut = np.float32(params.min_p)
     top_k, top_p = params.top_k or 0, 1.0 if params.top_p is None else params.top_p
     if 0 < top_k < len(weights):
-        kept = np.partition(weights, len(weights) - top_k)[len(weights) - top_k :]
-        cut = max(cut, kept[0])
+        kept = at_least_kth(weights, top_k)
+        cut = max(cut, kept.min())
         if top_p < 1.0:
-            kept = weights[weights >= kept[0]]
             cut = max(cut, nucleus_cut(kept, top_p * float(kept.sum(dtype=np.float64))))
     elif top_p < 1.0:
         total = float(weights.sum(dtype=np.float64))
@@ -113,25 +112,48 @@ def draw(logits: NDArray[np.float32], peak: np.float32, params: SamplingParams, 
         cut = max(cut, nucleus_cut(kept, top_p * total))
     if cut > 0:
         ids = np.flatnonzero(weights >= cut)
-        return int(ids[_invert(weights[ids], u)])
-    return _invert(weights, u)
+        return int(ids[invert(weights[ids], u)])
+    return invert(weights, u)
+
+
+def at_least_kth(values: NDArray[np.float32], k: int) -> NDArray[np.float32]:
+    """Those of `values` [n] that are not below the k-th largest, k <= n: k of them, and its equals."""
+    width = len(values) // 32
+    if k <= width:
+        # The k-th largest of disjoint groups' maxima is a lower bound, and leaves little to partition.
+        maxima = values[: width * 32].reshape(32, width).max(axis=0)
+        values = values[values >= np.partition(maxima, width - k)[width - k]]
+    return values[values >= np.partition(values, len(values) - k)[len(values) - k]]
 
 
 def nucleus_cut(weights: NDArray[np.float32], mass: float) -> np.float32:
-    """The largest value t of `weights` such that those >= t sum up to at least `mass`. Reorders `weights`."""
-    above = 0.0
-    while len(weights) > 512:
-        middle = len(weights) // 2
-        weights.partition(middle)
-        upper = float(weights[middle:].sum(dtype=np.float64))
-        if above + upper >= mass:
-            weights = weights[middle:]
-        else:
-            above += upper
-            weights = weights[:middle]
-    falling = np.sort(weights)[::-1]
-    sums = above + np.cumsum(falling, dtype=np.float64)
-    return falling[min(int(np.searchsorted(sums, mass)), len(falling) - 1)]
+    """The largest value t of `weights`, none negative, such that those >= t sum up to at least `mass`."""
+    # Floats that are not negative sort like their bits: add up by the leading 16, then sort only where mass is reached.
+    bins = weights.view(np.int32) >> 16
+    low = int(bins.min())
+    sums = np.bincount(bins - low, weights=weights)[::-1]
+    falling = np.cumsum(sums)
+    at = min(int(np.searchsorted(falling, mass)), len(sums) - 1)
+    inside = np.sort(weights[bins == low + len(sums) - 1 - at])[::-1]
+    reached = (falling[at] - sums[at]) + np.cumsum(inside, dtype=np.float64)
+    return inside[min(int(np.searchsorted(reached, mass)), len(inside) - 1)]
+
+
+def invert(weights: NDArray[np.float32], u: float) -> int:
+    """The index where the running sum of `weights` [n] passes the fraction `u` of the whole."""
+    width, start = 256, 0
+    if len(weights) > 8 * width:  # first find the 256 among which it is
+        groups = np.add.reduceat(weights, np.arange(0, len(weights), width), dtype=np.float64)
+        sums = np.cumsum(groups)
+        target = min(u * sums[-1], np.nextafter(sums[-1], 0.0))
+        group = int(np.searchsorted(sums, target, side="right"))
+        start = group * width
+        weights = weights[start : start + width]
+        u = (target - (sums[group] - groups[group])) / groups[group]
+    sums = np.cumsum(weights, dtype=np.float64)
+    # u * total can round up to total, and the last token might have weight 0.
+    target = min(max(u, 0.0) * sums[-1], np.nextafter(sums[-1], 0.0))
+    return start + int(np.searchsorted(sums, target, side="right"))
 
 
 def token_logprobs(logits: NDArray[np.float32], token: int, num_top: int) -> TokenLogprobs:
@@ -140,15 +162,7 @@ def token_logprobs(logits: NDArray[np.float32], token: int, num_top: int) -> Tok
     log_total = peak + float(np.log(np.exp(logits - np.float32(peak)).sum(dtype=np.float64)))
     top: tuple[tuple[int, float], ...] = ()
     if num_top:
-        ids = np.argpartition(logits, len(logits) - num_top)[len(logits) - num_top :]
-        ids = ids[np.lexsort((ids, -logits[ids]))]
+        ids = np.flatnonzero(logits >= at_least_kth(logits, num_top).min())
+        ids = ids[np.lexsort((ids, -logits[ids]))][:num_top]
         top = tuple(zip(ids.tolist(), (logits[ids] - log_total).tolist(), strict=True))
     return TokenLogprobs(token, float(logits[token]) - log_total, top)
-
-
-def _invert(weights: NDArray[np.float32], u: float) -> int:
-    """The index where the running sum of `weights` passes the fraction `u` of the whole."""
-    sums = np.cumsum(weights, dtype=np.float64)
-    # u * total can round up to total; the last token might have weight 0.
-    target = min(u * sums[-1], np.nextafter(sums[-1], 0.0))
-    return int(np.searchsorted(sums, target, side="right"))

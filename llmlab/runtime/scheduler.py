@@ -38,7 +38,7 @@ class Scheduler:
     Running sequences that decode come first, one token each, then those in the middle of their prompt, then waiting
     ones while there are blocks, places (`max_num_seqs`) and tokens (`max_tokens_per_step`) left. Prompts longer than
     what is left are split. When a decoding sequence needs a block and there is none, the youngest running one loses its
-    blocks and waits to be computed again. `batching="static"` only admits once every sequence of the last batch has ended.
+    blocks and waits to be computed again. With `batching="static"` a batch is admitted when all of the last one ended.
     """
 
     def __init__(
