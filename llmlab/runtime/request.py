@@ -86,7 +86,7 @@ class Sequence:
     def waits_for_sibling(self) -> bool:
         """Whether a sibling is computing the prompt's keys and values, which this sequence can then use as well."""
         return len(self.siblings) > 1 and any(
-            s.status is Status.RUNNING and s.num_computed < s.num_prompt for s in self.siblings
+            s.status is Status.RUNNING and s.num_computed < s.num_prompt - 1 for s in self.siblings
         )
 
     def set_blocks(self, blocks: list[int]) -> None:
