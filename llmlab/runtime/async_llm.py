@@ -120,8 +120,7 @@ class AsyncLLM:
     ) -> AsyncStream:
         """Answer one prompt (text, token ids or a conversation) piece by piece: `async for delta in llm.stream(...)`.
 
-        Must be called where an event loop runs. Raises InputError here or, if the engine's limits are exceeded, at the
-        first piece; EngineError if the engine fails.
+        Must be called where an event loop runs. Raises InputError; while streaming, EngineError if the engine fails.
         """
         return self._start([prompt], params, template_variables)[0]
 
@@ -170,7 +169,10 @@ class AsyncLLM:
     def _start(
         self, prompts: Sequence[Prompt], params: Params, template_variables: Mapping[str, Any] | None
     ) -> list[AsyncStream]:
-        loop = asyncio.get_running_loop()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError as error:
+            raise InputError("AsyncLLM is for async code, and no event loop runs here: use LLM instead") from error
         sessions = self._frontend.prepare(prompts, params, template_variables=template_variables)
         streams = []
         for session in sessions:
@@ -182,7 +184,7 @@ class AsyncLLM:
                 for stream in streams:
                     stream._unfinished = 0
                 raise EngineError("this AsyncLLM was closed: make a new one")
-            self._tasks.put(lambda: self._submit(sessions))
+            self._tasks.put(lambda: self._frontend.submit(sessions))
         return streams
 
     async def _collect(self, streams: list[AsyncStream]) -> list[Result]:
@@ -222,12 +224,6 @@ class AsyncLLM:
         _deliver(
             [(session, EngineError(session.error) if session.error is not None else delta) for session, delta in deltas]
         )
-
-    def _submit(self, sessions: list[Session]) -> None:
-        try:
-            self._frontend.submit(sessions)
-        except LlmlabError as error:
-            _deliver([(session, error) for session in sessions])
 
     def _stop(self) -> None:
         self._stopping = True

@@ -16,7 +16,7 @@ from llmlab.errors import InputError
 from llmlab.runtime.detokenizer import StopStrings
 from llmlab.runtime.outputs import Completion, Delta, RequestMetrics, Result
 from llmlab.runtime.params import SamplingParams
-from llmlab.runtime.request import FinishReason, Request
+from llmlab.runtime.request import FinishReason, Request, checked_prompt
 
 if TYPE_CHECKING:
     from llmlab.runtime.core import EngineCore, SequenceUpdate
@@ -136,12 +136,16 @@ class Frontend:
         self._eos = frozenset(eos_token_ids)
         self._defaults = dict(generation_config or {})
         self._sessions: dict[str, Session] = {}
+        self._unstarted: dict[str, Session] = {}
         self._numbers = itertools.count()
 
     def prepare(
         self, prompts: Sequence[Prompt], params: Params = None, *, template_variables: Mapping[str, Any] | None = None
     ) -> list[Session]:
-        """Check and tokenize a batch of prompts; nothing is queued. An InputError names the prompt's place."""
+        """Check and tokenize a batch of prompts; nothing is queued. An InputError names the prompt's place.
+
+        The one method that may be called while another thread is in `step`.
+        """
         each = _params_of_each(params, len(prompts))
         return [
             self._prepare_one(prompt, own, template_variables or {}, f"prompt {place}: " if len(prompts) > 1 else "")
@@ -149,20 +153,17 @@ class Frontend:
         ]
 
     def submit(self, sessions: Sequence[Session]) -> None:
-        """Queue all of `sessions`, or none of them and raise InputError."""
-        for place, session in enumerate(sessions):
-            try:
-                self.core.add(session.request)
-            except InputError as error:
-                for queued in sessions[:place]:
-                    self.cancel(queued)
-                raise InputError(f"prompt {place}: {error}" if len(sessions) > 1 else str(error)) from error
-            self._sessions[session.request.id] = session
+        """Queue what `prepare` made."""
+        for session in sessions:
+            self.core.add(session.request)
+            self._sessions[session.request.id] = self._unstarted[session.request.id] = session
 
     def step(self) -> list[tuple[Session, Delta]]:
         """One step of the core, as pieces of text. Ends the completions in which a stop string turned up."""
+        before = time.perf_counter()
         updates = self.core.step()
         now = time.perf_counter()
+        self._note_started(before)
         deltas = []
         for update in updates:
             session = self._sessions.get(update.request_id)
@@ -179,6 +180,7 @@ class Frontend:
     def cancel(self, session: Session) -> None:
         """End a request wherever it is; one that was never queued, or has ended, is left alone."""
         if self._sessions.pop(session.request.id, None) is not None:
+            self._unstarted.pop(session.request.id, None)
             self.core.cancel(session.request.id)
             session.end("cancelled")
 
@@ -196,16 +198,24 @@ class Frontend:
 
     def _prepare_one(self, prompt: Prompt, params: SamplingParams, variables: Mapping[str, Any], where: str) -> Session:
         arrival = time.perf_counter()
+        params = params.resolve(self._defaults)
         try:
             text, ids = self._tokenize(prompt, variables)
             if params.stop and self.tokenizer is None:
                 raise InputError("this engine has no tokenizer, so it can't look for stop strings: use stop_token_ids")
+            request = Request(id=f"request-{next(self._numbers)}", prompt_ids=ids, params=params, arrival=arrival)
+            checked_prompt(request, self.core.backend.limits)
         except InputError as error:
             raise InputError(f"{where}{error}") from error
-        params = params.resolve(self._defaults)
         end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
-        request = Request(id=f"request-{next(self._numbers)}", prompt_ids=ids, params=params, arrival=arrival)
         return Session(request, text, self.tokenizer, end_ids)
+
+    def _note_started(self, step_began: float) -> None:
+        if not self._unstarted:
+            return
+        waiting = {sequence.request_id for sequence in self.core._scheduler.waiting if sequence.index == 0}
+        for request_id in self._unstarted.keys() - waiting:
+            self._unstarted.pop(request_id).started = step_began
 
     def _tokenize(self, prompt: Prompt, variables: Mapping[str, Any]) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
