@@ -12,6 +12,7 @@ from llmlab.errors import EngineError, InputError, LlmlabError
 from llmlab.runtime.batch import Backend, StepBatch
 from llmlab.runtime.blocks import BlockManager, IntegrityError
 from llmlab.runtime.packing import pack
+from llmlab.runtime.params import checked_integer
 from llmlab.runtime.request import FinishReason, Request, Sequence, checked_prompt, expand
 from llmlab.runtime.sampler import Sampler, TokenLogprobs
 from llmlab.runtime.scheduler import Batching, Schedule, Scheduler
@@ -53,8 +54,8 @@ class EngineCore:
         batching: Batching = "inflight",
     ) -> None:
         limits = backend.limits
-        if max_num_seqs < 1:
-            raise InputError(f"max_num_seqs is {max_num_seqs}, expected at least 1")
+        max_num_seqs = checked_integer("max_num_seqs", max_num_seqs, low=1)
+        max_tokens_per_step = checked_integer("max_tokens_per_step", max_tokens_per_step, low=1)
         if not max_num_seqs <= max_tokens_per_step <= limits.max_tokens_per_step:
             raise InputError(
                 f"max_tokens_per_step is {max_tokens_per_step}, expected at least max_num_seqs ({max_num_seqs}) "
@@ -65,7 +66,7 @@ class EngineCore:
         self.backend = backend
         self.stats = CoreStats()
         self._limits = limits
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._eos_token_ids = frozenset(token for token in eos_token_ids if token < limits.vocab_size)
         self._blocks = BlockManager(limits.num_blocks, limits.block_size, prefix_cache=prefix_cache)
         self._scheduler = Scheduler(
             self._blocks, max_num_seqs=max_num_seqs, max_tokens_per_step=max_tokens_per_step, batching=batching
@@ -108,7 +109,11 @@ class EngineCore:
         self._release()
 
     def step(self) -> list[SequenceUpdate]:
-        """Schedule, execute, sample, finish. One update for every sequence that got a token or ended."""
+        """Schedule, execute, sample, finish. One update for every sequence that got a token or ended.
+
+        A backend's error ends the sequences of its step, as updates. Only an interruption (Ctrl-C) comes out of here;
+        the sequences of the interrupted step are then computed again.
+        """
         started = time.perf_counter()
         updates, self._cancelled = self._cancelled, []
         plan = self._scheduler.schedule()
@@ -188,10 +193,7 @@ class EngineCore:
             return "length", None
         if self._blocks.blocks_for(sequence.num_tokens) > self._blocks.num_blocks:
             room = self._blocks.num_blocks * self._blocks.block_size
-            return (
-                "error",
-                f"the sequence fills the whole KV pool of {room} tokens; lower max_tokens",
-            )
+            return "error", f"the sequence fills the whole KV pool of {room} tokens; lower max_tokens"
         return None, None
 
     def _fail(self, plan: Schedule, text: str) -> list[SequenceUpdate]:

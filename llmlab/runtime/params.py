@@ -55,8 +55,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "max_tokens", _integer("max_tokens", self.max_tokens, low=1))
-        put(self, "min_tokens", _integer("min_tokens", self.min_tokens, low=0))
+        put(self, "max_tokens", checked_integer("max_tokens", self.max_tokens, low=1))
+        put(self, "min_tokens", checked_integer("min_tokens", self.min_tokens, low=0))
         if self.min_tokens > self.max_tokens:
             raise InputError(
                 f"min_tokens is {self.min_tokens}, expected at most max_tokens ({self.max_tokens}); raise max_tokens"
@@ -64,7 +64,7 @@ class SamplingParams:
         if self.temperature is not None:
             put(self, "temperature", _number("temperature", self.temperature, low=0, high=100, hint="0 is greedy"))
         if self.top_k is not None:
-            put(self, "top_k", _integer("top_k", self.top_k, low=0, hint="0 turns it off"))
+            put(self, "top_k", checked_integer("top_k", self.top_k, low=0, hint="0 turns it off"))
         if self.top_p is not None:
             put(self, "top_p", _number("top_p", self.top_p, above=0, high=1, hint="1 turns it off"))
         put(self, "min_p", _number("min_p", self.min_p, low=0, high=1, hint="0 turns it off"))
@@ -77,10 +77,10 @@ class SamplingParams:
         if not isinstance(self.ignore_eos, bool):
             raise InputError(f"ignore_eos is {self.ignore_eos!r}, expected True or False")
         if self.seed is not None:
-            put(self, "seed", _integer("seed", self.seed, low=0, high=2**63 - 1))
-        put(self, "n", _integer("n", self.n, low=1))
+            put(self, "seed", checked_integer("seed", self.seed, low=0, high=2**63 - 1))
+        put(self, "n", checked_integer("n", self.n, low=1))
         if self.logprobs is not None:
-            put(self, "logprobs", _integer("logprobs", self.logprobs, low=0, hint="None turns them off"))
+            put(self, "logprobs", checked_integer("logprobs", self.logprobs, low=0, hint="None turns them off"))
         if self.logit_bias is not None:
             put(self, "logit_bias", _logit_bias(self.logit_bias))
 
@@ -139,7 +139,10 @@ def _expected(kind: str, low: float | None, above: float | None, high: float | N
     return " ".join([f"expected {kind}", " and ".join(bounds)]).rstrip() + (f"; {hint}" if hint else "")
 
 
-def _integer(name: str, value: object, *, low: int | None = None, high: int | None = None, hint: str = "") -> int:
+def checked_integer(
+    name: str, value: object, *, low: int | None = None, high: int | None = None, hint: str = ""
+) -> int:
+    """`value` as an int, or InputError with a line that begins with `name`."""
     expected = _expected("an integer", low, None, high, hint)
     if isinstance(value, bool):
         raise InputError(f"{name} is {value}, {expected}")
@@ -192,13 +195,15 @@ def _stop_strings(value: object) -> tuple[str, ...]:
 def _token_ids(name: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
         raise InputError(f"{name} is {_short(value)}, expected a list of token ids")
-    return tuple(_integer(f"a value in {name}", item, low=0) for item in value)
+    return tuple(checked_integer(f"a value in {name}", item, low=0) for item in value)
 
 
 def _logit_bias(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise InputError(f"logit_bias is {_short(value)}, expected a mapping of token ids to numbers")
     return {
-        _integer("a token id in logit_bias", token, low=0): _number("a value in logit_bias", bias, low=-100, high=100)
+        checked_integer("a token id in logit_bias", token, low=0): _number(
+            "a value in logit_bias", bias, low=-100, high=100
+        )
         for token, bias in value.items()
     }

@@ -18,7 +18,7 @@ from llmlab.runtime.params import SamplingParams
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """One prompt and what to do with it. `arrival` is in seconds of any clock; the engine only keeps it."""
 

@@ -93,6 +93,7 @@ def test_end_of_sequence_and_stop_ids():
     assert run(eos=(second,)) == ([first, second], "stop")
     assert run(stop_token_ids=[first]) == ([first], "stop")
     assert run(eos=(second,), ignore_eos=True) == ([first, second, third], "length")
+    assert run(eos=(99,), min_tokens=3) == ([first, second, third], "length")  # no such token
     assert run(eos=(third,)) == ([first, second, third], "stop")
     longer, reason = run(eos=(first,), min_tokens=2)
     assert longer[0] != first and len(longer) >= 2 and reason in ("stop", "length")
@@ -156,7 +157,9 @@ def test_a_sequence_that_outgrows_the_pool_ends_with_an_error():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"seqs": 0}, "max_num_seqs is 0"),
+        ({"seqs": 0}, "max_num_seqs is 0, expected an integer >= 1"),
+        ({"seqs": "4"}, "max_num_seqs is '4', expected an integer >= 1"),
+        ({"budget": None}, "max_tokens_per_step is None"),
         ({"budget": 3}, "max_tokens_per_step is 3, expected at least max_num_seqs (4)"),
         ({"budget": 65}, "at most the engine's limit of 64"),
         ({"batching": "magic"}, "batching is 'magic', expected 'inflight' or 'static'"),
@@ -275,7 +278,7 @@ def test_dead_blocks_are_released_at_once():
 
 
 def test_a_failing_backend_ends_its_batch_and_nothing_else():
-    core = make(seqs=2, prefix_cache=True, fail_at={3})
+    core = make(seqs=2, prefix_cache=True, fail_at={3: RuntimeError("the toy\nbroke")})
     for name in ("a", "b", "c"):
         core.add(request(name, [1, 2, 3, 4, 5], max_tokens=6))
     updates = []

@@ -49,6 +49,10 @@ class Scenario:
     budget: int
     prefix_cache: bool
     batching: str
+    fails_at: int | None
+    """Step of the backend that raises an error."""
+    interrupted_at: int | None
+    """Step of the backend in which Ctrl-C comes."""
     jobs: tuple[Job, ...]
 
 
@@ -90,7 +94,7 @@ jobs = st.builds(
 def scenarios(draw):
     block_size = draw(st.sampled_from([1, 4, 16, MAX_SEQ_LEN]))
     max_num_seqs = draw(st.integers(1, 5))
-    smallest, largest = -(-12 // block_size), -(-120 // block_size)
+    smallest, largest = -(-12 // block_size), -(-draw(st.sampled_from([30, 60, 120])) // block_size)
     return Scenario(
         block_size=block_size,
         num_blocks=draw(st.integers(smallest, max(largest, smallest + 2))),
@@ -98,6 +102,8 @@ def scenarios(draw):
         budget=draw(st.integers(max_num_seqs, max_num_seqs + 20)),
         prefix_cache=draw(st.booleans()),
         batching=draw(st.sampled_from(["inflight", "inflight", "inflight", "static"])),
+        fails_at=draw(st.none() | st.integers(1, 40)),
+        interrupted_at=draw(st.none() | st.integers(1, 40)),
         jobs=tuple(draw(st.lists(jobs, min_size=1, max_size=8))),
     )
 
@@ -134,6 +140,7 @@ def play(scenario, backend_class=ToyBackend, core_class=EngineCore, max_steps=15
         num_blocks=scenario.num_blocks,
         vocab_size=VOCAB,
         max_seq_len=MAX_SEQ_LEN,
+        fail_at={scenario.fails_at: RuntimeError("broke"), scenario.interrupted_at: KeyboardInterrupt()},
     )
     core = core_class(
         backend,
@@ -160,12 +167,16 @@ def play(scenario, backend_class=ToyBackend, core_class=EngineCore, max_steps=15
             if job.cancelled is not None and job.arrives + job.cancelled == step:
                 core.cancel(name)
                 core.check_integrity()
-        for update in core.step():
+        try:
+            updates = core.step()
+        except KeyboardInterrupt:
+            updates, happened["interrupted"] = [], 1
+        for update in updates:
             key = update.request_id, update.index
             assert key not in reasons, "an update after the end"
             tokens[key] += update.token_ids
             if update.finish_reason is not None:
-                reasons[key] = update.finish_reason
+                reasons[key] = "failed" if "broke" in (update.error or "") else update.finish_reason
             elif scenario.jobs[int(key[0])].finished == len(tokens[key]) and key[1] == 0:
                 core.finish(*key, "stop")
                 reasons[key] = "finished"
@@ -180,8 +191,9 @@ def play(scenario, backend_class=ToyBackend, core_class=EngineCore, max_steps=15
         expected, expected_reason = alone(job, index, scenario.block_size, scenario.num_blocks)
         got = tokens[name, index]
         happened[reason] += 1
-        if reason == "cancelled":
-            assert job.cancelled is not None and got == expected[: len(got)]
+        if reason in ("cancelled", "failed"):
+            assert (job.cancelled if reason == "cancelled" else scenario.fails_at) is not None
+            assert got == expected[: len(got)]
         elif reason == "finished":
             assert len(got) == job.finished and got == expected[: len(got)]
         else:
@@ -214,7 +226,10 @@ def check_many(examples):
     return happened
 
 
-EVERYTHING = ("preemptions", "cached", "copied", "split", "refused", "cancelled", "finished", "stop", "length", "error")
+EVERYTHING = (
+    *("preemptions", "cached", "copied", "split", "refused", "interrupted"),
+    *("cancelled", "finished", "failed", "stop", "length", "error"),
+)
 
 
 def test_random_traffic():

@@ -50,10 +50,13 @@ def true_logits(tokens: Sequence[int], vocab_size: int) -> np.ndarray:
 
 
 class ToyBackend:
-    """Holds the pool and runs steps; checks that every batch keeps the contract of StepBatch."""
+    """Holds the pool and runs steps; checks that every batch keeps the contract of StepBatch.
+
+    fail_at: the exceptions to raise in certain steps, which are counted from 1.
+    """
 
     def __init__(
-        self, *, block_size=4, num_blocks=64, max_seq_len=64, vocab_size=32, max_tokens_per_step=64, fail_at=()
+        self, *, block_size=4, num_blocks=64, max_seq_len=64, vocab_size=32, max_tokens_per_step=64, fail_at=None
     ):
         self.limits = EngineLimits(
             vocab_size=vocab_size,
@@ -67,7 +70,7 @@ class ToyBackend:
         self.tokens = 0
         self.copied = 0
         self.released: list[int] = []
-        self.fail_at = set(fail_at)
+        self.fail_at: dict[int, BaseException] = dict(fail_at or {})
 
     def execute(self, batch: StepBatch) -> np.ndarray:
         self.check(batch)
@@ -77,15 +80,12 @@ class ToyBackend:
             self.copy(copy)
         if self.steps in self.fail_at:
             self.pool[batch.block_table[batch.block_table >= 0]] = 0xBAD  # half done, nobody knows what
-            raise RuntimeError("the toy\nbroke")
+            raise self.fail_at[self.steps]
         states = np.zeros(len(batch.input_ids), object)
         for b in range(len(batch.kv_len)):
             self.run_row(batch, b, states)
-        return np.stack(
-            [logits_of(states[row], self.limits.vocab_size) for row in batch.logits_index]
-            or [np.empty((0,), np.float32)] * 0
-            or [np.zeros(self.limits.vocab_size, np.float32)]
-        )[: len(batch.logits_index)]
+        rows = [logits_of(states[row], self.limits.vocab_size) for row in batch.logits_index]
+        return np.array(rows, np.float32).reshape(len(rows), self.limits.vocab_size)
 
     def run_row(self, batch: StepBatch, b: int, states: np.ndarray) -> None:
         first, last = int(batch.query_start[b]), int(batch.query_start[b + 1])
