@@ -18,6 +18,10 @@ class CheckpointError(LlmlabError):
     """A checkpoint folder is incomplete, truncated or inconsistent."""
 
 
+class GraphError(LlmlabError):
+    """A graph folder is damaged, altered, or of another version; or a graph is not what a step expects."""
+
+
 class UnsupportedModelError(LlmlabError):
     """A graph holds something that no pass or target handles; the message names it."""
 

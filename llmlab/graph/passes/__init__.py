@@ -1,0 +1,1 @@
+"""One file a rewrite. A pass finds its pattern, checks it (and says why not), and rewrites; none knows an architecture."""

@@ -1,0 +1,103 @@
+"""Files from strangers read with limits, folders written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmlab.errors import InputError, LlmlabError
+
+JSON_LIMIT = 64 << 20  # bytes; the largest tokenizer.json in use is about 35 MB
+
+
+def read_bytes(path: Path, error: type[LlmlabError], limit: int = JSON_LIMIT) -> bytes:
+    """The file's bytes, or one line of `error` where it is missing, unreadable or larger than `limit` bytes."""
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise error(f"{path}: {size} bytes, more than the {limit} that such a file may have")
+        return path.read_bytes()
+    except OSError as problem:
+        raise error(f"{path}: can't be read ({problem.strerror or problem})") from problem
+
+
+def read_json(path: Path, error: type[LlmlabError], limit: int = JSON_LIMIT) -> Any:
+    """The file's JSON, or one line of `error`."""
+    data = read_bytes(path, error, limit)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: not valid JSON ({problem})") from problem
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain_name(name: str) -> bool:
+    """Whether `name` is a bare file name: no folder, no way out of one."""
+    return bool(name) and name not in (".", "..") and "/" not in name and "\\" not in name and "\0" not in name
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends, and vanishes when it raises or is interrupted.
+
+    `overwrite` replaces an existing folder, but only one that holds the file `marker` or nothing: a folder that
+    llmlab did not write is never removed. Raises InputError before anything is written.
+    """
+    path = path.absolute()
+    if path.exists():
+        if not path.is_dir():
+            raise InputError(f"{path} exists and is not a folder: choose another name")
+        ours = (path / marker).is_file()
+        if any(path.iterdir()) and not (ours and overwrite):
+            what = "pass overwrite (--force) to replace it" if ours else "choose an empty or a new folder"
+            raise InputError(f"{path} exists{'' if ours else f' and holds no {marker}'}: {what}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as problem:
+        raise InputError(f"{path}: can't be written ({problem.strerror or problem})") from problem
+    try:
+        work.chmod(0o755)
+        yield work
+        for file in work.iterdir():
+            _fsync(file)
+        _fsync(work)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            path.rename(old / path.name)
+            try:
+                work.rename(path)
+            except BaseException:
+                (old / path.name).rename(path)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            work.rename(path)
+        _fsync(path.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise

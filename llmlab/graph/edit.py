@@ -1,0 +1,158 @@
+"""Small tools of surgery: walk from tensor to node and back, read constants, add nodes with unique names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from llmlab.graph.graph import Graph
+
+Dim = int | str | None
+
+
+def producer(tensor: gs.Tensor, *ops: str) -> gs.Node | None:
+    """The node that makes `tensor`, if there is one and it is one of `ops` (any, where none are given)."""
+    if isinstance(tensor, gs.Constant) or not tensor.inputs:
+        return None
+    node = tensor.inputs[0]
+    return node if not ops or node.op in ops else None
+
+
+def value(tensor: gs.Tensor | None, limit: int = 1 << 20) -> np.ndarray | None:
+    """A constant's array (None for a variable, an omitted input, or one of more than `limit` bytes)."""
+    if not isinstance(tensor, gs.Constant) or tensor._values.nbytes > limit:
+        return None
+    return np.asarray(tensor.values)
+
+
+def scalar(tensor: gs.Tensor | None) -> float | None:
+    """The value of a one-element constant, else None."""
+    array = value(tensor)
+    return float(array.reshape(())) if array is not None and array.size == 1 else None
+
+
+def ints(tensor: gs.Tensor | None) -> list[int] | None:
+    """The values of a small integer constant as a flat list, else None."""
+    array = value(tensor)
+    return [int(v) for v in array.reshape(-1)] if array is not None and array.dtype.kind in "iu" else None
+
+
+def operand(node: gs.Node, index: int) -> gs.Tensor | None:
+    """Input `index` of `node`, None where it is absent or omitted (an empty name)."""
+    if index >= len(node.inputs):
+        return None
+    tensor = node.inputs[index]
+    return None if isinstance(tensor, gs.Variable) and tensor.is_empty() else tensor
+
+
+def other(node: gs.Node, tensor: gs.Tensor) -> gs.Tensor:
+    """The other operand of a binary node."""
+    return node.inputs[1] if node.inputs[0] is tensor else node.inputs[0]
+
+
+def constant_expression(tensor: gs.Tensor | None, limit: int = 64) -> bool:
+    """Whether `tensor` depends on constants alone, such as a transposed or widened weight."""
+    if tensor is None:
+        return False
+    pending, seen = [tensor], 0
+    while pending:
+        current = pending.pop()
+        if isinstance(current, gs.Constant):
+            continue
+        seen += 1
+        if not current.inputs or seen > limit:
+            return False
+        pending.extend(t for t in current.inputs[0].inputs if not (isinstance(t, gs.Variable) and t.is_empty()))
+    return True
+
+
+def ancestors(tensor: gs.Tensor) -> tuple[list[gs.Node], set[str]]:
+    """All nodes that `tensor` depends on, and the names of the variables that no node makes (the graph's inputs)."""
+    nodes: dict[int, gs.Node] = {}
+    sources: set[str] = set()
+    pending = [tensor]
+    while pending:
+        current = pending.pop()
+        if isinstance(current, gs.Constant) or not current.name:
+            continue
+        if not current.inputs:
+            sources.add(current.name)
+        elif id(current.inputs[0]) not in nodes:
+            nodes[id(current.inputs[0])] = current.inputs[0]
+            pending.extend(current.inputs[0].inputs)
+    return list(nodes.values()), sources
+
+
+def scope(node: gs.Node) -> str:
+    """The module that a node came from."""
+    return node.name.rpartition("/")[0]
+
+
+class Editor:
+    """Adds nodes to one graph under unique names, and rewires it."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.surgeon: gs.Graph = graph.surgeon
+        self._names = {n.name for n in self.surgeon.nodes} | set(self.surgeon.tensors())
+
+    def name(self, wanted: str) -> str:
+        name, count = wanted, 1
+        while name in self._names:
+            name, count = f"{wanted}_{count}", count + 1
+        self._names.add(name)
+        return name
+
+    def constant(self, name: str, array: np.ndarray) -> gs.Constant:
+        return gs.Constant(self.name(name), np.asarray(array))
+
+    def add(
+        self,
+        op: str,
+        where: str,
+        inputs: Sequence[gs.Tensor | None],
+        attrs: dict[str, Any] | None = None,
+        *,
+        dtype: Any,
+        shape: Sequence[Dim] | None,
+        domain: str | None = None,
+    ) -> gs.Variable:
+        """Add a node with one output in module `where`, and return that output."""
+        return self.add_many(op, where, inputs, attrs, [(dtype, shape)], domain=domain)[0]
+
+    def add_many(
+        self,
+        op: str,
+        where: str,
+        inputs: Sequence[gs.Tensor | None],
+        attrs: dict[str, Any] | None,
+        outputs: Iterable[tuple[Any, Sequence[Dim] | None]],
+        *,
+        domain: str | None = None,
+    ) -> list[gs.Variable]:
+        """Add a node with an output of each (dtype, shape), and return the outputs."""
+        name = self.name(f"{where}/{op}")
+        made = [
+            gs.Variable(self.name(f"{name}:{i}"), dtype, None if shape is None else list(shape))
+            for i, (dtype, shape) in enumerate(outputs)
+        ]
+        given = [gs.Variable.empty() if t is None else t for t in inputs]
+        self.surgeon.nodes.append(gs.Node(op, name, dict(attrs or {}), given, made, domain=domain))
+        return made
+
+    def replace(self, old: gs.Tensor, new: gs.Tensor, *, only: Iterable[gs.Node] | None = None) -> None:
+        """Let every consumer of `old` (or `only` these) and, unless `only` is given, the graph's outputs read `new`."""
+        for node in list(old.outputs) if only is None else list(only):
+            if node is not producer(new):
+                node.inputs = [new if t is old else t for t in node.inputs]
+        if only is None and any(t is old for t in self.surgeon.outputs):
+            self.surgeon.outputs = [new if t is old else t for t in self.surgeon.outputs]
+            if isinstance(new, gs.Variable):
+                old.name, new.name = self.name(f"{old.name}.before"), old.name
+                new.dtype = old.dtype if new.dtype is None else new.dtype
+
+    def is_output(self, tensor: gs.Tensor) -> bool:
+        return any(t is tensor for t in self.surgeon.outputs)

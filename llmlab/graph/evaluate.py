@@ -1,0 +1,75 @@
+"""Evaluate a small part of a graph on chosen positions: what a mask or a RoPE table *is*, however it was written."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from llmlab.graph.edit import ancestors
+from llmlab.graph.graph import OPSET
+
+INT64 = np.dtype(np.int64)
+
+
+class PositionFunction:
+    """Tensors that depend on `input_ids`' shape and `position_ids` alone, as one function that can be called.
+
+    Recognising by value and not by spelling is what keeps the passes independent of who wrote the graph.
+    """
+
+    def __init__(self, tensors: list[gs.Tensor]) -> None:
+        nodes: dict[int, gs.Node] = {}
+        self.sources: set[str] = set()
+        for tensor in tensors:
+            some, sources = ancestors(tensor)
+            nodes |= {id(n): n for n in some}
+            self.sources |= sources
+        self.nodes = list(nodes.values())
+        self.tensors = tensors
+        self._session: ort.InferenceSession | None = None
+
+    def dependence(self) -> str | None:
+        """None where the tensors depend on positions and sizes alone, else what else they depend on."""
+        if foreign := self.sources - {"input_ids", "position_ids"}:
+            return f"depends on {', '.join(sorted(foreign))}"
+        for node in self.nodes:
+            if node.op != "Shape" and any(t.name == "input_ids" for t in node.inputs):
+                return f"depends on the tokens themselves ({node.name})"
+        return None
+
+    def __call__(self, position_ids: NDArray[np.int64]) -> list[np.ndarray]:
+        """Evaluate at `position_ids` [batch, sequence]; `input_ids` are zeros of that shape."""
+        if self._session is None:
+            self._session = self._make_session()
+        feeds = {"position_ids": position_ids, "input_ids": np.zeros_like(position_ids)}
+        wanted = {i.name for i in self._session.get_inputs()}
+        results = self._session.run(None, {k: v for k, v in feeds.items() if k in wanted})
+        return [np.asarray(r) for r in results]
+
+    def _make_session(self) -> ort.InferenceSession:
+        inputs = [gs.Variable(n, INT64, ["batch", "sequence"]) for n in sorted(self.sources)]
+        outputs = [gs.Variable(f"result_{i}", t.dtype, None) for i, t in enumerate(self.tensors)]
+        by_name = {t.name: t for t in inputs}
+        tails = [gs.Node("Identity", inputs=[_stand_in(t, by_name)], outputs=[o]) for t, o in zip(self.tensors, outputs, strict=True)]
+        copies = [
+            gs.Node(n.op, n.name, dict(n.attrs), [_stand_in(t, by_name) for t in n.inputs], [_stand_in(t, by_name) for t in n.outputs], domain=n.domain)
+            for n in self.nodes
+        ]
+        graph = gs.Graph(copies + tails, inputs, outputs, opset=OPSET).toposort()
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        model = gs.export_onnx(graph, do_type_check=False, ir_version=11).SerializeToString()
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _stand_in(tensor: gs.Tensor, by_name: dict[str, gs.Tensor]) -> gs.Tensor:
+    """A copy of `tensor` for the excerpt, the same one each time it is met."""
+    if isinstance(tensor, gs.Variable) and tensor.is_empty():
+        return gs.Variable.empty()
+    if tensor.name not in by_name:
+        by_name[tensor.name] = gs.Constant(tensor.name, np.asarray(tensor.values)) if isinstance(tensor, gs.Constant) else gs.Variable(tensor.name, tensor.dtype)
+    return by_name[tensor.name]

@@ -1,0 +1,130 @@
+"""`Graph`: an ONNX graph as the surgeon sees it, with its model's config, its tokenizer files and its history."""
+
+from __future__ import annotations
+
+import html
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from llmlab.config import ModelConfig
+
+if TYPE_CHECKING:
+    from llmlab.graph.rewrite import PassReport
+
+LLMLAB_DOMAIN = "llmlab"
+OPSET = 23
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """The KV cache that one attention layer wants."""
+
+    name: str
+    kv_heads: int
+    head_dim: int
+
+
+class Graph:
+    """A model between two steps of the road: inspect it, save it, open it again, rewrite it.
+
+    `surgeon` is the `onnx_graphsurgeon.Graph`; passes do surgery on its nodes. A node's name starts with the path
+    of the module that made it: `model.layers.0.self_attn/MatMul_2`.
+    """
+
+    def __init__(
+        self,
+        surgeon: gs.Graph,
+        config: ModelConfig,
+        assets: dict[str, bytes] | None = None,
+        history: Iterable[PassReport] = (),
+    ) -> None:
+        self.surgeon = surgeon
+        self.config = config
+        self.assets = dict(assets or {})
+        self.history: list[PassReport] = list(history)
+
+    @property
+    def kind(self) -> str:
+        """`serving` once its attention is paged, `plain` before."""
+        return "serving" if any(n.op == "PagedAttention" for n in self.surgeon.nodes) else "plain"
+
+    def kv_layers(self) -> list[KVLayer]:
+        """One entry per PagedAttention node, in execution order."""
+        return [
+            KVLayer(n.inputs[3].name, n.attrs["kv_num_heads"], n.attrs["head_dim"])
+            for n in self.surgeon.nodes
+            if n.op == "PagedAttention"
+        ]
+
+    def copy(self) -> Graph:
+        """A graph that can be rewritten without touching this one; weights are shared."""
+        return Graph(self.surgeon.copy(), self.config, self.assets, self.history)
+
+    def op_counts(self) -> dict[str, int]:
+        """Nodes by operator, most frequent first."""
+        return dict(Counter(n.op for n in self.surgeon.nodes).most_common())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all constants, each counted once."""
+        return sum(int(t._values.nbytes) for t in constants(self.surgeon))
+
+    def to_onnx(self) -> onnx.ModelProto:
+        """The model as one protobuf with its weights inside; for graphs under 2 GB. `save` takes any size."""
+        return gs.export_onnx(self.surgeon, do_type_check=False, ir_version=11)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the graph as a folder (graph.onnx, weights.bin, graph.json, tokenizer files), whole or not at all."""
+        from llmlab.graph.storage import save_graph
+
+        return save_graph(self, Path(path), overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Graph:
+        """Open what `save` wrote. Weights are memory maps. Raises GraphError where the folder is damaged."""
+        from llmlab.graph.storage import load_graph
+
+        return load_graph(Path(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "model_type": self.config.model_type,
+            "nodes": len(self.surgeon.nodes),
+            "ops": self.op_counts(),
+            "weight_bytes": self.weight_bytes,
+            "inputs": {t.name: {"dtype": str(t.dtype), "shape": t.shape} for t in self.surgeon.inputs},
+            "outputs": {t.name: {"dtype": str(t.dtype), "shape": t.shape} for t in self.surgeon.outputs},
+            "history": [r.to_dict() for r in self.history],
+        }
+
+    def __repr__(self) -> str:
+        ops = ", ".join(f"{n} {op}" for op, n in list(self.op_counts().items())[:5])
+        return f"Graph({self.kind} {self.config.model_type}, {len(self.surgeon.nodes)} nodes: {ops}, …; {self.weight_bytes / 1e6:.1f} MB)"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        rows = "".join(f"<tr><td>{html.escape(op)}</td><td>{n}</td></tr>" for op, n in self.op_counts().items())
+        ports = "".join(
+            f"<tr><td>{html.escape(side)}</td><td>{html.escape(t.name)}</td><td>{html.escape(str(t.dtype))} {html.escape(str(t.shape))}</td></tr>"
+            for side, tensors in (("in", self.surgeon.inputs), ("out", self.surgeon.outputs))
+            for t in tensors
+            if not t.name.startswith("kv_cache.")
+        )
+        page = (
+            f"<div><b>{html.escape(self.kind)} graph</b> of a {html.escape(self.config.model_type)} model: {len(self.surgeon.nodes)} nodes, "
+            f"{self.weight_bytes / 1e6:.1f} MB of weights, {len(self.kv_layers())} paged KV layers</div>"
+            f"<div style='display:flex;gap:2em;align-items:flex-start'><table><tr><th>operator</th><th>nodes</th></tr>{rows}</table>"
+            f"<table><tr><th></th><th>tensor</th><th>type</th></tr>{ports}</table></div>"
+        )
+        return {"text/plain": repr(self), "text/html": page}
+
+
+def constants(graph: gs.Graph) -> list[gs.Constant]:
+    """Every constant that a node reads, a shared one once."""
+    return list({id(t): t for n in graph.nodes for t in n.inputs if isinstance(t, gs.Constant)}.values())

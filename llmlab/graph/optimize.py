@@ -1,0 +1,86 @@
+"""The plain graph → the serving graph, pass by pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from llmlab.errors import InputError, UnsupportedModelError
+from llmlab.graph.graph import Graph
+from llmlab.graph.passes.drop_batch_axis import DropBatchAxis
+from llmlab.graph.passes.fold_constants import FoldConstants
+from llmlab.graph.passes.fuse_rms_norm import FuseRMSNorm
+from llmlab.graph.passes.fuse_rope import FuseRoPE
+from llmlab.graph.passes.gather_logits import GatherLogits
+from llmlab.graph.passes.merge_products import MergeProducts
+from llmlab.graph.passes.pack_tokens import PackTokens
+from llmlab.graph.passes.page_attention import PageAttention
+from llmlab.graph.passes.recognise_mask import RecogniseMask
+from llmlab.graph.passes.remove_gqa_expansion import RemoveGQAExpansion
+from llmlab.graph.passes.share_common import ShareCommon
+from llmlab.graph.passes.simplify import MergeReshapes, RemoveNoOps, StaticReshape
+from llmlab.graph.rewrite import Pass, run_pass
+from llmlab.graph.rows import mixing_node
+
+SERVING_INPUTS = ("input_ids", "position_ids", "query_start", "kv_len", "block_table", "logits_index")
+
+PASSES: tuple[Callable[[], Pass], ...] = (
+    FoldConstants,
+    RemoveNoOps,
+    StaticReshape,
+    RemoveNoOps,
+    ShareCommon,
+    FuseRMSNorm,
+    FuseRoPE,
+    RemoveGQAExpansion,
+    RecogniseMask,
+    PackTokens,
+    PageAttention,
+    DropBatchAxis,
+    RemoveNoOps,
+    MergeReshapes,
+    RemoveNoOps,
+    MergeProducts,
+    GatherLogits,
+)
+"""What `optimize` runs, in order."""
+
+
+def optimize(graph: Graph, *, passes: Iterable[Callable[[], Pass]] | None = None) -> Graph:
+    """Rewrite a plain graph into the serving graph (packed tokens, PagedAttention nodes); the input is not changed.
+
+    `graph.history` of the result holds a report per pass. With `passes`, run these instead, and promise nothing
+    about the result. Raises UnsupportedModelError, naming the node that didn't match and why, rather than return a
+    graph that might compute something else.
+    """
+    if not isinstance(graph, Graph):
+        raise InputError(f"expected a Graph, got {type(graph).__name__}: export a model first")
+    result = graph.copy()
+    if passes is not None:
+        for make in passes:
+            run_pass(make(), result)
+        return result
+    if graph.kind != "plain":
+        raise InputError("this graph is a serving graph already: build it, or start again from export")
+    result.surgeon.cleanup().toposort()
+    for make in PASSES:
+        run_pass(make(), result)
+    _verify(result)
+    return result
+
+
+def _verify(graph: Graph) -> None:
+    """The contract of the serving graph, or a refusal that says what didn't match."""
+    misses = {(r.name, m.node): m.reason for r in graph.history for m in r.near_misses}
+    kind = graph.config.model_type
+    left = [n for n in graph.surgeon.nodes if n.op == "Attention"]
+    if left:
+        reasons = [f"{p}: {why}" for (p, node), why in misses.items() if node == left[0].name]
+        raise UnsupportedModelError(f"{kind}: {left[0].name} can't be paged ({'; '.join(reasons) or 'no pass matched it'})")
+    if graph.kind != "serving":
+        raise UnsupportedModelError(f"{kind}: no attention was found in its graph")
+    if (mixing := mixing_node(graph)) is not None:
+        node, reason = mixing
+        raise UnsupportedModelError(f"{kind}: {node.name} ({node.op}) may mix tokens of different sequences: {reason}")
+    names = [t.name for t in graph.surgeon.inputs]
+    if tuple(names[: len(SERVING_INPUTS)]) != SERVING_INPUTS or not all(n.startswith("kv_cache.") for n in names[len(SERVING_INPUTS) :]):
+        raise UnsupportedModelError(f"{kind}: the rewritten graph has inputs {', '.join(names)}, not those of a serving graph")

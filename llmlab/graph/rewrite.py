@@ -1,0 +1,148 @@
+"""What a pass is: `pattern` finds a place, `check` says why it does not apply there, `rewrite` does the surgery."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import onnx_graphsurgeon as gs
+
+from llmlab.graph.diff import GraphDiff, diff, snapshot
+from llmlab.graph.edit import Editor
+from llmlab.graph.graph import Graph
+
+
+class Match(SimpleNamespace):
+    """A place that a pattern found: `node`, the anchor that a report names, and whatever the pattern captured."""
+
+    node: gs.Node
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A place where the pattern was found but the rewrite did not apply, and why."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did to one graph."""
+
+    name: str
+    summary: str
+    matches: int
+    rewrites: int
+    near_misses: tuple[NearMiss, ...] = ()
+    nodes_before: int = 0
+    nodes_after: int = 0
+    seconds: float = 0.0
+    diff: GraphDiff = field(default_factory=GraphDiff)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            "matches": self.matches,
+            "rewrites": self.rewrites,
+            "near_misses": [{"node": m.node, "reason": m.reason} for m in self.near_misses],
+            "nodes_before": self.nodes_before,
+            "nodes_after": self.nodes_after,
+            "seconds": self.seconds,
+            "diff": self.diff.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PassReport:
+        return cls(
+            **{k: v for k, v in data.items() if k not in ("near_misses", "diff")},
+            near_misses=tuple(NearMiss(m["node"], m["reason"]) for m in data["near_misses"]),
+            diff=GraphDiff.from_dict(data["diff"]),
+        )
+
+    def __str__(self) -> str:
+        text = f"{self.name}: {self.rewrites} of {self.matches} rewritten, {self.nodes_before} → {self.nodes_after} nodes"
+        return text + "".join(f"\n  not {m.node}: {m.reason}" for m in self.near_misses)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return {"text/plain": str(self), "text/html": history_html([self])}
+
+
+def history_html(history: list[PassReport]) -> str:
+    """The reports as one HTML table, with near-misses and the operators that came and went."""
+    rows = ""
+    for r in history:
+        ops = ", ".join(f"{op} {n:+d}" for op, n in r.diff.ops.items())
+        misses = "".join(f"<br><small>not {html.escape(m.node)}: {html.escape(m.reason)}</small>" for m in r.near_misses)
+        rows += (
+            f"<tr><td style='text-align:left'><b>{html.escape(r.name)}</b><br><small>{html.escape(r.summary)}</small>{misses}</td>"
+            f"<td>{r.rewrites} / {r.matches}</td><td>{r.nodes_before} → {r.nodes_after}</td>"
+            f"<td style='text-align:left'><small>{html.escape(ops)}</small></td><td>{r.seconds:.2f} s</td></tr>"
+        )
+    head = "<tr><th style='text-align:left'>pass</th><th>rewritten / found</th><th>nodes</th><th>operators</th><th>time</th></tr>"
+    return f"<table>{head}{rows}</table>"
+
+
+class Pass:
+    """One rewrite. Subclasses give `name`, a one-line docstring, and `pattern`, `check`, `rewrite`.
+
+    A pass over the whole graph at once overrides `find` instead of `pattern`.
+    """
+
+    name: str
+
+    def find(self, edit: Editor) -> Iterator[Match]:
+        """Every place the pattern is found. Nodes that an earlier rewrite of this pass cut off are skipped."""
+        for node in list(edit.surgeon.nodes):
+            if node.outputs and (match := self.pattern(node)) is not None:
+                yield match
+
+    def pattern(self, node: gs.Node) -> Match | None:
+        """The match anchored at `node`, or None where the pattern is not there."""
+        raise NotImplementedError(f"{type(self).__name__} gives neither pattern nor find")
+
+    def check(self, edit: Editor, match: Match) -> str | None:
+        """None where the rewrite applies, else the reason why not, for people to read."""
+        return None
+
+    def rewrite(self, edit: Editor, match: Match) -> None:
+        """Do the surgery. Nodes that nothing reads any more are removed afterwards."""
+        raise NotImplementedError(f"{type(self).__name__} gives no rewrite")
+
+
+def run_pass(rule: Pass, graph: Graph) -> PassReport:
+    """Run one pass over `graph`, in place, and append its report to the graph's history."""
+    start = time.perf_counter()
+    before = snapshot(graph.surgeon)
+    edit = Editor(graph)
+    matches = rewrites = 0
+    misses: list[NearMiss] = []
+    for match in rule.find(edit):
+        matches += 1
+        reason = rule.check(edit, match)
+        if reason is None:
+            rule.rewrite(edit, match)
+            rewrites += 1
+        else:
+            misses.append(NearMiss(match.node.name, reason))
+    if rewrites:
+        graph.surgeon.cleanup().toposort()
+    after = snapshot(graph.surgeon)
+    report = PassReport(
+        name=rule.name,
+        summary=(type(rule).__doc__ or "").strip().partition("\n")[0],
+        matches=matches,
+        rewrites=rewrites,
+        near_misses=tuple(misses),
+        nodes_before=len(before),
+        nodes_after=len(after),
+        seconds=round(time.perf_counter() - start, 4),
+        diff=diff(before, after),
+    )
+    graph.history.append(report)
+    return report

@@ -1,0 +1,163 @@
+"""ONNX graphs on disk: weights in a file of their own, streamed one tensor at a time, opened as memory maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+from onnx import TensorProto
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from llmlab.checkpoint import ASSETS
+from llmlab.config import ModelConfig
+from llmlab.errors import GraphError
+from llmlab.files import atomic_folder, read_bytes, read_json, write_json
+from llmlab.graph.graph import Graph, constants
+from llmlab.graph.rewrite import PassReport
+
+GRAPH_FORMAT = 1
+MODEL, WEIGHTS, MANIFEST = "graph.onnx", "weights.bin", "graph.json"
+_INLINE = 1024  # bytes; smaller constants stay in the protobuf
+_ALIGN = 4096  # bytes; so that a runtime can map each tensor
+_PROTO_LIMIT = 2 << 30
+
+
+class DeferredValues(LazyValues):
+    """A constant whose array is computed when it is written, one at a time, and not kept."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+    def load(self) -> np.ndarray:
+        raise NotImplementedError
+
+
+class External(LazyValues):
+    """A constant that lies in an external data file, as the protobuf refers to it."""
+
+    def __init__(self, location: str, offset: int, length: int, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        self.shape, self.dtype, self.nbytes = shape, dtype, length
+        self.tensor = TensorProto(data_type=onnx_dtype(dtype), dims=shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", location), ("offset", offset), ("length", length)):
+            self.tensor.external_data.add(key=key, value=str(value))
+
+
+def onnx_dtype(dtype: np.dtype) -> int:
+    return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
+def array(constant: gs.Constant) -> np.ndarray:
+    """A constant's values; a deferred one is computed and not kept."""
+    values = constant._values
+    return values.load() if isinstance(values, LazyValues) else values
+
+
+def write_onnx(graph: gs.Graph, folder: Path, model: str = MODEL, weights: str = WEIGHTS) -> None:
+    """Write `graph` as `folder/model`, every constant over a kilobyte in `folder/weights`.
+
+    Peak memory is the largest tensor: constants are memory maps or deferred, and each is dropped once written.
+    """
+    with (folder / weights).open("wb") as file, _swapped(constants(graph)) as swap:
+        for constant in constants(graph):
+            if constant._values.nbytes < _INLINE:
+                continue
+            file.write(b"\0" * (-file.tell() % _ALIGN))
+            values = np.ascontiguousarray(array(constant))
+            external = External(weights, file.tell(), values.nbytes, values.dtype, tuple(values.shape))
+            file.write(values.reshape(-1).view(np.uint8).data)
+            swap(constant, external)
+        proto = gs.export_onnx(graph, do_type_check=False, ir_version=11)
+    (folder / model).write_bytes(proto.SerializeToString())
+
+
+@contextmanager
+def _swapped(tensors: list[gs.Constant]) -> Iterator:
+    """Let constants stand for something else while the protobuf is made, then give them their values back."""
+    kept = [(t, t._values) for t in tensors]
+
+    def swap(tensor: gs.Constant, values: LazyValues) -> None:
+        tensor._values = values
+
+    try:
+        yield swap
+    finally:
+        for tensor, values in kept:
+            tensor._values = values
+
+
+def read_onnx(folder: Path, model: str = MODEL, weights: str = WEIGHTS) -> gs.Graph:
+    """Open what `write_onnx` wrote. Refuses weights outside `folder/weights` or past its end (GraphError)."""
+    path = folder / model
+    try:
+        proto = onnx.load_model_from_string(read_bytes(path, GraphError, _PROTO_LIMIT))
+    except DecodeError as problem:
+        raise GraphError(f"{path}: not an ONNX model: truncated or altered") from problem
+    data = folder / weights
+    size = data.stat().st_size if data.is_file() and not data.is_symlink() else 0
+    arrays = {}
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            arrays[tensor.name] = _map(path, tensor, data, size)
+    graph = gs.import_onnx(proto)
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant):
+            tensor.data_location = None
+            if tensor.name in arrays:
+                tensor._values = arrays[tensor.name]
+            elif isinstance(tensor._values, LazyValues):
+                tensor._values = onnx.numpy_helper.to_array(tensor._values.tensor)
+    return graph
+
+
+def _map(path: Path, tensor: TensorProto, data: Path, size: int) -> np.ndarray:
+    entry: Mapping[str, str] = {e.key: e.value for e in tensor.external_data}
+    if entry.get("location") != data.name:
+        raise GraphError(f"{path}: '{tensor.name}' points to {entry.get('location')!r}, expected {data.name!r} beside the graph")
+    try:
+        offset = int(entry.get("offset", 0))
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    except (ValueError, KeyError, TypeError) as problem:
+        raise GraphError(f"{path}: the entry of '{tensor.name}' is malformed") from problem
+    nbytes = dtype.itemsize
+    for dim in tensor.dims:
+        nbytes *= dim
+    if offset < 0 or nbytes <= 0 or offset + nbytes > size or any(d <= 0 for d in tensor.dims):
+        raise GraphError(f"{path}: '{tensor.name}' wants bytes {offset} to {offset + nbytes} of {data.name}, which has {size}: truncated or altered")
+    return np.memmap(data, dtype, "r", offset, tuple(tensor.dims))
+
+
+def save_graph(graph: Graph, path: Path, *, overwrite: bool) -> Path:
+    with atomic_folder(path, overwrite=overwrite, marker=MANIFEST) as work:
+        write_onnx(graph.surgeon, work)
+        for name, data in graph.assets.items():
+            (work / name).write_bytes(data)
+        write_json(
+            work / MANIFEST,
+            {
+                "format": GRAPH_FORMAT,
+                "config": graph.config.to_dict(),
+                "history": [report.to_dict() for report in graph.history],
+            },
+        )
+    return path
+
+
+def load_graph(path: Path) -> Graph:
+    if not (path / MANIFEST).is_file():
+        raise GraphError(f"{path}: no {MANIFEST} there; expected a folder that Graph.save or `llmlab export` wrote")
+    manifest = read_json(path / MANIFEST, GraphError)
+    if not isinstance(manifest, dict) or manifest.get("format") != GRAPH_FORMAT:
+        version = manifest.get("format") if isinstance(manifest, dict) else None
+        raise GraphError(f"{path}: graph format {version!r}, this llmlab reads {GRAPH_FORMAT}: export it again")
+    config = ModelConfig.from_hf(manifest.get("config"), where=str(path / MANIFEST))
+    history = [PassReport.from_dict(entry) for entry in manifest.get("history", ())]
+    assets = {n: read_bytes(path / n, GraphError) for n in ASSETS if (path / n).is_file()}
+    return Graph(read_onnx(path), config, assets, history)
+
