@@ -1,0 +1,293 @@
+"""The command line: one function a verb, each a call of the Python function of the same name.
+
+Everything heavy is imported inside the verbs, so that `llmlab --help` is quick and needs the core libraries only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from llmlab.errors import LlmlabError
+
+_EPILOG = """\
+**Examples**
+
+    llmlab build tinychat -o engines/tinychat
+
+    llmlab run engines/tinychat "How do I count to nine in French?"
+
+    llmlab chat engines/tinychat
+
+An error is one line, with exit code 2; `LLMLAB_DEBUG=1` shows where it came from.
+"""
+
+
+class _Group(TyperGroup):
+    """Turns what a verb raises into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise  # the reader left, as with `| head`; typer ends quietly
+        except (LlmlabError, OSError) as error:
+            if os.environ.get("LLMLAB_DEBUG") == "1":
+                traceback.print_exc()
+            message = " ".join(str(error).split()) or type(error).__name__
+            print(f"llmlab: {message}", file=sys.stderr)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="From a language-model checkpoint to a fast engine, one visible step at a time.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[str, typer.Argument(help="Checkpoint folder, hub id (org/model), or the name `tinychat`.")]
+EngineFolder = Annotated[Path, typer.Argument(help="Engine folder that `llmlab build` wrote.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; there whole or not at all.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, for scripts.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="physical cores")]
+Sequences = Annotated[int, typer.Option("--max-num-seqs", min=1, help="Most sequences in flight.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate for a prompt.")]
+_FROM_ENGINE = "the engine's"
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default=_FROM_ENGINE)]
+TopK = Annotated[int | None, typer.Option(help="Keep the k most likely tokens; 0 is off.", show_default=_FROM_ENGINE)]
+TopP = Annotated[float | None, typer.Option(help="Keep this much probability; 1 is off.", show_default=_FROM_ENGINE)]
+MinP = Annotated[float, typer.Option(help="Drop tokens this much less likely than the best; 0 is off.")]
+Repetition = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 discourages repeating; 1 is off.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.", show_default="random")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        import llmlab
+
+        print(llmlab.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def export(
+    source: Source,
+    output: Output,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Export a checkpoint to a plain ONNX graph.
+
+    Next: `llmlab optimize`.
+
+    **Example:** `llmlab export tinychat -o graphs/plain`
+    """
+    import llmlab as ll
+    from llmlab import cli_show
+
+    with cli_show.working(f"exporting {source}"):
+        graph = ll.export(source, trust_remote_code=trust_remote_code)
+        graph.save(output, overwrite=overwrite)
+    cli_show.graph(graph, output, as_json=as_json)
+
+
+@app.command()
+def optimize(
+    graph_folder: Annotated[Path, typer.Argument(metavar="GRAPH", help="Graph folder that `llmlab export` wrote.")],
+    output: Output,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Rewrite a plain graph into the serving graph (packed tokens, paged attention) and show what each pass did.
+
+    Next: `llmlab build`.
+
+    **Example:** `llmlab optimize graphs/plain -o graphs/serving`
+    """
+    import llmlab as ll
+    from llmlab import cli_show
+
+    with cli_show.working(f"optimizing {graph_folder}"):
+        graph = ll.optimize(ll.Graph.load(graph_folder))
+        graph.save(output, overwrite=overwrite)
+    cli_show.graph(graph, output, as_json=as_json)
+
+
+@app.command()
+def build(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, `tinychat`, or a graph folder.")],
+    output: Output,
+    target: Annotated[str, typer.Option(help="What the engine runs on.")] = "onnxruntime",
+    max_seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Longest sequence, prompt and answer.", show_default="the model's")
+    ] = None,
+    max_tokens_per_step: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens that one step works on.", show_default="the target's")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Build an engine: export, optimize and build in one go, or only what a graph folder still needs.
+
+    **Examples:** `llmlab build tinychat -o engines/tinychat`, `llmlab build graphs/serving -o engines/mine`
+    """
+    import llmlab as ll
+    from llmlab import cli_show
+
+    with cli_show.working("opening the source") as now:
+        graph = cli_show.open_graph(source)
+        if graph is None:
+            now(f"exporting {source}")
+            graph = ll.export(source, trust_remote_code=trust_remote_code)
+        if graph.kind == "plain":
+            now("optimizing the graph")
+            graph = ll.optimize(graph)
+        now(f"building for {target}")
+        engine = ll.build(
+            graph,
+            output,
+            target=target,
+            max_seq_len=max_seq_len,
+            max_tokens_per_step=max_tokens_per_step,
+            overwrite=overwrite,
+        )
+    cli_show.engine(engine, as_json=as_json)
+
+
+@app.command()
+def run(
+    engine: EngineFolder,
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts; `-` reads one from standard input.")],
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = 0.0,
+    repetition_penalty: Repetition = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--raw", help="Use the chat template or not.", show_default="if there is one")
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Prompts are token ids, such as `1,15,7`.")] = False,
+    threads: Threads = None,
+    max_num_seqs: Sequences = 8,
+    as_json: Json = False,
+) -> None:
+    """Answer prompts, as a stream to the terminal.
+
+    **Example:** `llmlab run engines/tinychat "What is 3 plus 4?" "Sort: pear, apple" --max-tokens 32`
+    """
+    import llmlab as ll
+    from llmlab import cli_run
+
+    params = ll.SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+    )
+    with ll.LLM(engine, threads=threads, max_num_seqs=max_num_seqs) as llm:
+        cli_run.answer(llm, cli_run.read_prompts(llm, prompts, chat=chat, ids=ids), params, as_json=as_json)
+
+
+@app.command()
+def chat(
+    engine: EngineFolder,
+    system: Annotated[str | None, typer.Option(help="System message at the start of the conversation.")] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = 0.0,
+    repetition_penalty: Repetition = 1.0,
+    seed: Seed = None,
+    threads: Threads = None,
+) -> None:
+    """Talk to an engine in the terminal. Ctrl-C stops an answer; `/help` lists the commands.
+
+    **Example:** `llmlab chat engines/tinychat --temperature 0.7`
+    """
+    import llmlab as ll
+    from llmlab import cli_chat
+
+    params = ll.SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    with ll.LLM(engine, threads=threads, max_num_seqs=1, prefix_cache=True) as llm:
+        cli_chat.Chat(llm, params, system=system).loop()
+
+
+@app.command()
+def bench(
+    engine: EngineFolder,
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas between them.")] = "1,8",
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    output_len: Annotated[int, typer.Option(min=2, help="Tokens to generate for each prompt.")] = 64,
+    repeat: Annotated[int, typer.Option(min=1, help="Measure this often and report the best.")] = 3,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure prefill and decode speed on random tokens, in tokens per second.
+
+    **Example:** `llmlab bench engines/tinychat --batch 1,4,16 --prompt-len 128 --output-len 64`
+    """
+    from llmlab import cli_bench
+
+    sizes = cli_bench.batch_sizes(batch)
+    rows = cli_bench.measure(
+        engine, sizes, prompt_len=prompt_len, output_len=output_len, repeat=repeat, threads=threads
+    )
+    cli_bench.show(rows, engine, as_json=as_json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="Checkpoint folder, `tinychat`, graph folder, or engine folder.")],
+    as_json: Json = False,
+) -> None:
+    """Show what a checkpoint, a graph or an engine holds.
+
+    **Example:** `llmlab inspect engines/tinychat`
+    """
+    from llmlab import cli_show
+
+    cli_show.anything(path, as_json=as_json)
+
+
+def main() -> None:
+    """The entry point of the `llmlab` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

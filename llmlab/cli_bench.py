@@ -1,0 +1,134 @@
+"""`llmlab bench`: prefill and decode speed of an engine on random tokens."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmlab.errors import EngineError, InputError
+
+if TYPE_CHECKING:
+    from llmlab.runtime.core import EngineCore
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One batch size. Tokens per second are those of all sequences together."""
+
+    batch: int
+    prompt_len: int
+    output_len: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    decode_step_ms: float
+    """Mean time of a step in which every sequence decodes one token."""
+    outside_backend_share: float
+    """Share of those steps' time spent outside the backend: scheduling, packing, sampling."""
+
+
+def batch_sizes(text: str) -> list[int]:
+    """`"1,8"` as numbers. Raises InputError."""
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise InputError(f"--batch is {text!r}, expected positive integers such as 1,8")
+    return sizes
+
+
+def measure(
+    engine: str | Path,
+    sizes: Sequence[int],
+    *,
+    prompt_len: int,
+    output_len: int,
+    repeat: int,
+    threads: int | None,
+) -> list[BenchRow]:
+    """One row a batch size; of `repeat` measurements, after one that doesn't count, the best."""
+    from llmlab.runtime.llm import LLM
+
+    rows = []
+    with LLM(engine, threads=threads, max_num_seqs=max(sizes)) as llm:
+        limits = llm.core.backend.limits
+        if prompt_len + output_len > limits.max_seq_len:
+            raise InputError(
+                f"prompt and output are {prompt_len} + {output_len} tokens, this engine holds {limits.max_seq_len}: "
+                "give a smaller --prompt-len or --output-len"
+            )
+        random = np.random.default_rng(0)
+        for size in sizes:
+            tries = [_once(llm.core, size, prompt_len, output_len, random) for _ in range(repeat + 1)][1:]
+            rows.append(
+                BenchRow(
+                    size,
+                    prompt_len,
+                    output_len,
+                    prefill_tokens_per_s=max(t[0] for t in tries),
+                    decode_tokens_per_s=size / min(t[1] for t in tries),
+                    decode_step_ms=min(t[1] for t in tries) * 1e3,
+                    outside_backend_share=min(tries, key=lambda t: t[1])[2],
+                )
+            )
+    return rows
+
+
+def show(rows: Sequence[BenchRow], engine: Path, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"engine": str(engine), "rows": [asdict(row) for row in rows]}, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{engine}: {rows[0].prompt_len} tokens in, {rows[0].output_len} out")
+    for name in ("batch", "prefill tokens/s", "decode tokens/s", "decode step", "outside backend"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.batch),
+            f"{row.prefill_tokens_per_s:,.0f}",
+            f"{row.decode_tokens_per_s:,.1f}",
+            f"{row.decode_step_ms:.2f} ms",
+            f"{row.outside_backend_share:.1%}",
+        )
+    Console().print(table)
+
+
+def _once(
+    core: EngineCore, size: int, prompt_len: int, output_len: int, random: np.random.Generator
+) -> tuple[float, float, float]:
+    """(prefill tokens per second, seconds of a decode step, share of it outside the backend)."""
+    prefill_s, _ = _drive(core, size, prompt_len, 1, random)
+    _, steps = _drive(core, size, prompt_len, output_len, random)
+    seconds, execute = sum(step for step, _ in steps), sum(inside for _, inside in steps)
+    return size * prompt_len / prefill_s, seconds / len(steps), 1 - execute / seconds
+
+
+def _drive(
+    core: EngineCore, size: int, prompt_len: int, output_len: int, random: np.random.Generator
+) -> tuple[float, list[tuple[float, float]]]:
+    """Run `size` requests to their end: (seconds, (seconds, seconds in the backend) of each step of decoding only)."""
+    from llmlab.runtime.params import SamplingParams
+    from llmlab.runtime.request import Request
+
+    params = SamplingParams(max_tokens=output_len, ignore_eos=True, temperature=0, top_k=0, top_p=1)
+    for number in range(size):
+        prompt = random.integers(0, core.backend.limits.vocab_size, prompt_len)
+        core.add(Request(id=f"bench-{number}", prompt_ids=prompt, params=params))
+    steps: list[tuple[float, float]] = []
+    started = time.perf_counter()
+    while core.has_work:
+        errors = [update.error for update in core.step() if update.error]
+        if errors:
+            raise EngineError(errors[0])
+        last = core.stats.last
+        if last.prefill_tokens == 0 and last.decode_tokens == size:
+            steps.append((last.step_s, last.execute_s))
+    return time.perf_counter() - started, steps

@@ -1,0 +1,141 @@
+"""What the command line shows of checkpoints, graphs and engines: rich tables, or JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from llmlab.errors import InputError
+
+if TYPE_CHECKING:
+    from llmlab.checkpoint import Checkpoint
+    from llmlab.graph.graph import Graph
+    from llmlab.runtime.engine import Engine
+
+
+@contextmanager
+def working(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on a terminal's standard error while something takes long; yields a function that changes its text."""
+    console = Console(stderr=True)
+    with console.status(f"{escape(text)} …") as status:
+        yield lambda new: status.update(f"{escape(new)} …")
+
+
+def open_graph(source: str) -> Graph | None:
+    """The graph in folder `source`, or None if there is none. Raises InputError for an engine folder."""
+    from llmlab.graph.graph import Graph
+
+    folder = Path(source).expanduser()
+    if (folder / "manifest.json").is_file():
+        raise InputError(f"{source} is an engine already: give a checkpoint or a graph folder")
+    return Graph.load(folder) if (folder / "graph.json").is_file() else None
+
+
+def anything(path: str, *, as_json: bool) -> None:
+    """Show what lies at `path`, whatever it is."""
+    folder = Path(path).expanduser()
+    if (folder / "manifest.json").is_file():
+        from llmlab.runtime.engine import Engine
+
+        engine(Engine.load(folder), as_json=as_json)
+    elif (found := open_graph(path)) is not None:
+        graph(found, folder, as_json=as_json)
+    else:
+        from llmlab.checkpoint import Checkpoint, resolve
+
+        checkpoint(Checkpoint(resolve(path)), as_json=as_json)
+
+
+def graph(found: Graph, folder: Path, *, as_json: bool) -> None:
+    """Its passes with what each did, its operators, its inputs and outputs."""
+    if as_json:
+        _print_json({"kind": "graph", "path": str(folder)} | {"graph": found.to_dict()})
+        return
+    console = Console()
+    if found.history:
+        passes = Table("pass", "rewritten", "nodes", "what it does", title="Passes")
+        for report in found.history:
+            passes.add_row(
+                report.name,
+                f"{report.rewrites} of {report.matches}",
+                f"{report.nodes_before} → {report.nodes_after}",
+                escape(report.summary),
+            )
+        console.print(passes)
+    ports = Table("", "tensor", "type", "shape", title="Inputs and outputs")
+    for side, tensors in (("in", found.surgeon.inputs), ("out", found.surgeon.outputs)):
+        for tensor in tensors:
+            ports.add_row(side, escape(tensor.name), str(tensor.dtype), escape(str(tensor.shape)))
+    console.print(ports)
+    operators = Table("operator", "nodes", title="Operators")
+    for name, count in found.op_counts().items():
+        operators.add_row(name, str(count))
+    console.print(operators)
+    console.print(
+        f"{found.kind} graph of a {escape(found.config.model_type)} model, {len(found.surgeon.nodes)} nodes, "
+        f"{found.weight_bytes / 1e6:.1f} MB of weights: {escape(str(folder))}"
+    )
+
+
+def checkpoint(found: Checkpoint, *, as_json: bool) -> None:
+    """Its configuration and its tensors."""
+    config = found.config
+    facts: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in ("model_type", "vocab_size", "hidden_size", "num_layers", "num_heads", "max_position_embeddings")
+    }
+    sizes = {name: math.prod(tensor.shape) for name, tensor in found.weights.items()}
+    facts |= {
+        "eos_token_ids": list(config.eos_token_ids),
+        "parameters": sum(sizes.values()),
+        "files": sorted(found.assets),
+    }
+    if as_json:
+        tensors = {name: {"dtype": str(t.dtype), "shape": list(t.shape)} for name, t in found.weights.items()}
+        _print_json({"kind": "checkpoint", "path": str(found.folder), **facts, "tensors": tensors})
+        return
+    console = Console()
+    console.print(_facts(f"Checkpoint {found.folder}", facts))
+    table = Table("tensor", "type", "shape", title=f"{len(sizes)} tensors, largest first")
+    for name in sorted(sizes, key=lambda name: -sizes[name])[:12]:
+        tensor = found.weights[name]
+        table.add_row(escape(name), str(tensor.dtype), escape(str(list(tensor.shape))))
+    console.print(table)
+
+
+def engine(found: Engine, *, as_json: bool) -> None:
+    """Its manifest and the sizes of its files."""
+    manifest = found.manifest.to_dict()
+    if as_json:
+        _print_json({"kind": "engine", "path": str(found.path), "manifest": manifest})
+        return
+    console = Console()
+    files = manifest.pop("files", {})
+    console.print(_facts(f"Engine {found.path}", manifest))
+    table = Table("file", "bytes", title="Files")
+    for name, entry in files.items():
+        table.add_row(escape(name), f"{entry['size']:,}")
+    console.print(table)
+
+
+def _facts(title: str, facts: dict[str, Any]) -> Table:
+    table = Table("", "", title=escape(title), show_header=False)
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {item}" for key, item in value.items() if not isinstance(item, (dict, list)))
+        elif isinstance(value, (list, tuple)):
+            value = ", ".join(map(str, value))
+        table.add_row(name.replace("_", " "), escape(f"{value:,}" if type(value) is int else str(value)))
+    return table
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))

@@ -1,0 +1,272 @@
+"""The command line: what it prints, where, and with which exit code. Engines are stand-ins over the toy backend."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from llmlab import cli, cli_bench, cli_run
+from llmlab.errors import EngineError, InputError
+
+sys.path.insert(0, str(Path(__file__).parent / "runtime"))
+from toy_engine import ToyEngine, ToyManifest, greedy, write_tokenizer
+
+from llmlab.runtime.tokenizer import Tokenizer
+
+runner = CliRunner()
+LLMLAB = [sys.executable, "-m", "llmlab"]
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ToyEngine:
+    """What the path "toy" opens as, while the test runs."""
+    write_tokenizer(tmp_path / "engine")
+    engine = ToyEngine(tmp_path / "engine", ToyManifest(max_seq_len=96, eos_token_ids=()))
+
+    def load(path: str | Path) -> ToyEngine:
+        if str(path) != "toy":
+            raise EngineError(f"{path} is no engine")
+        return engine
+
+    monkeypatch.setitem(sys.modules, "llmlab.runtime.engine", SimpleNamespace(Engine=SimpleNamespace(load=load)))
+    return engine
+
+
+def expected(engine: ToyEngine, prompt: str, count: int) -> str:
+    tokenizer = Tokenizer(engine.path)
+    return cli_run.printable(tokenizer.decode(greedy(tokenizer.encode(prompt), count, eos=None)))
+
+
+# run
+
+
+def test_run_streams_the_answer_and_keeps_notes_apart(engine: ToyEngine) -> None:
+    result = runner.invoke(cli.app, ["run", "toy", "the cat", "--max-tokens", "6"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.rstrip("\n") == expected(engine, "<user>the cat<assistant>", 6).rstrip("\n")
+    assert "6 out" in result.stderr and "length" in result.stderr
+    raw = runner.invoke(cli.app, ["run", "toy", "the cat", "--max-tokens", "6", "--raw"])
+    assert raw.stdout.rstrip("\n") == expected(engine, "the cat", 6).rstrip("\n") != result.stdout.rstrip("\n")
+
+
+def test_run_answers_several_prompts_in_order_and_together(engine: ToyEngine) -> None:
+    result = runner.invoke(cli.app, ["run", "toy", "the cat", "count", "x", "--raw", "--max-tokens", "20"])
+    parts = [f"[{i}/3] {expected(engine, p, 20)}\n" for i, p in enumerate(["the cat", "count", "x"], start=1)]
+    assert result.stdout == "".join(parts)
+    assert engine.made.steps < 40, "prompts were answered one after another"
+
+
+def test_run_json_and_ids_and_standard_input(engine: ToyEngine) -> None:
+    result = runner.invoke(cli.app, ["run", "toy", "1,2,3", "4 5", "--ids", "--max-tokens", "4", "--json"])
+    data = json.loads(result.stdout)
+    assert [r["prompt_token_ids"] for r in data] == [[1, 2, 3], [4, 5]]
+    assert data[0]["completions"][0]["token_ids"] == greedy([1, 2, 3], 4, eos=None)
+    assert data[0]["metrics"]["output_tokens"] == 4
+    piped = runner.invoke(cli.app, ["run", "toy", "-", "--raw", "--json", "--max-tokens", "2"], input="the cat")
+    assert json.loads(piped.stdout)[0]["prompt"] == "the cat"
+
+
+def test_run_without_a_tokenizer_prints_ids(engine: ToyEngine) -> None:
+    (engine.path / "tokenizer.json").unlink()
+    result = runner.invoke(cli.app, ["run", "toy", "1,2", "--ids", "--max-tokens", "3"])
+    assert result.stdout.split() == [str(i) for i in greedy([1, 2], 3, eos=None)]
+    refused = runner.invoke(cli.app, ["run", "toy", "hello"])
+    assert refused.exit_code == 2 and "no tokenizer" in refused.stderr and refused.stdout == ""
+
+
+def test_sampling_options_reach_the_engine(engine: ToyEngine) -> None:
+    arguments = ["run", "toy", "the cat", "--json", "--max-tokens", "8", "--temperature", "2", "--seed"]
+    first, again, other = (runner.invoke(cli.app, [*arguments, seed]).stdout for seed in ("1", "1", "2"))
+    ids = [json.loads(text)[0]["completions"][0]["token_ids"] for text in (first, again, other)]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_model_output_cannot_steer_the_terminal() -> None:
+    assert cli_run.printable("a\x1b[2Jb\x07\x9bc\td\n\r") == "a�[2Jb��c\td\n�"
+
+
+# Errors and exit codes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["run", "toy", ""], "empty|content"),
+        (["run", "toy", "x", "--ids"], "expected integers"),
+        (["run", "toy", "x", "--temperature", "-1"], "temperature"),
+        (["run", "toy", "x " * 300, "--raw"], "at most 95"),
+        (["run", "elsewhere", "x"], "elsewhere is no engine"),
+        (["chat", "elsewhere"], "elsewhere is no engine"),
+        (["bench", "toy", "--batch", "1,x"], "'1,x'"),
+        (["bench", "toy", "--prompt-len", "90", "--output-len", "90"], "this engine holds 96"),
+        (["inspect", "/nowhere"], "/nowhere"),
+        (["optimize", "/nowhere", "-o", "out"], "/nowhere"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(engine: ToyEngine, arguments: list[str], reason: str) -> None:
+    result = runner.invoke(cli.app, arguments)
+    if arguments == ["run", "toy", ""]:
+        assert result.exit_code == 0  # the chat template makes a prompt of it
+        arguments = [*arguments, "--raw"]
+        result = runner.invoke(cli.app, arguments)
+        reason = "the prompt is empty"
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("llmlab: ") and result.stderr.count("\n") == 1 and result.stdout == ""
+    assert reason in result.stderr
+
+
+def test_debug_shows_the_traceback(engine: ToyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMLAB_DEBUG", "1")
+    result = runner.invoke(cli.app, ["run", "elsewhere", "x"])
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr and "llmlab: elsewhere is no engine" in result.stderr
+
+
+def test_a_file_system_error_is_one_line(engine: ToyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/root/secret")
+
+    monkeypatch.setattr(cli_run, "read_prompts", refuse)
+    result = runner.invoke(cli.app, ["run", "toy", "x"])
+    assert result.exit_code == 2 and "Permission denied: '/root/secret'" in result.stderr
+
+
+def test_ctrl_c_is_exit_code_130(engine: ToyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_run, "answer", interrupt)
+    result = runner.invoke(cli.app, ["run", "toy", "x"])
+    assert result.exit_code == 130 and "Traceback" not in result.output
+
+
+# chat
+
+
+def test_chat_remembers_resets_and_tells_its_speed(engine: ToyEngine) -> None:
+    lines = "count\n/stats\nx\n/reset\ncount\n/nonsense\n\n/quit\nnever read\n"
+    result = runner.invoke(cli.app, ["chat", "toy", "--system", "s", "--max-tokens", "4"], input=lines)
+    assert result.exit_code == 0, result.output
+    prompt = "<system>s<user>count<assistant>"
+    first = expected(engine, prompt, 4)
+    tokenizer = Tokenizer(engine.path)
+    plain = tokenizer.decode(greedy(tokenizer.encode(prompt), 4, eos=None))
+    second = expected(engine, f"<system>s<user>count<assistant>{plain}<user>x<assistant>", 4)
+    assert second in result.stdout
+    assert result.stdout.count(first) == 2, "after /reset the first question has its first answer again"
+    assert "tokens/s" in result.stdout and "prefix cache" in result.stdout
+    assert "There is no command /nonsense." in result.stdout and "/reset" in result.stdout
+
+
+def test_chat_ends_with_the_input(engine: ToyEngine) -> None:
+    assert runner.invoke(cli.app, ["chat", "toy"], input="").exit_code == 0
+
+
+def test_chat_forgets_the_oldest_exchanges_when_there_is_no_room(engine: ToyEngine) -> None:
+    lines = "".join(f"the cat sat on the mat {i}\n" for i in range(8))
+    result = runner.invoke(cli.app, ["chat", "toy", "--max-tokens", "8"], input=lines)
+    assert result.exit_code == 0 and "forgotten" in result.stdout and "at most" not in result.stdout
+    result = runner.invoke(cli.app, ["chat", "toy"], input="x" * 200 + "\nx\n/stats\n")
+    assert result.exit_code == 0 and "at most 95" in result.stdout, (
+        "a question that can't fit is told, and life goes on"
+    )
+    assert "tokens/s" in result.stdout
+
+
+def test_chat_needs_a_template(engine: ToyEngine) -> None:
+    (engine.path / "chat_template.jinja").unlink()
+    result = runner.invoke(cli.app, ["chat", "toy"], input="x\n")
+    assert result.exit_code == 2 and "no chat template" in result.stderr
+
+
+def test_ctrl_c_stops_the_answer_only(engine: ToyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toy import ToyBackend
+
+    execute, interrupted = ToyBackend.execute, []
+
+    def once(self, batch):
+        if self.steps == 5 and not interrupted:
+            interrupted.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return execute(self, batch)
+
+    monkeypatch.setattr(ToyBackend, "execute", once)
+    result = runner.invoke(cli.app, ["chat", "toy", "--max-tokens", "20"], input="count\n/stats\n")
+    assert result.exit_code == 0 and interrupted
+    assert "(stopped)" in result.stdout and "tokens/s" in result.stdout
+
+
+# bench
+
+
+def test_bench_measures(engine: ToyEngine) -> None:
+    arguments = ["bench", "toy", "--batch", "1,4", "--prompt-len", "8", "--output-len", "6", "--repeat", "1", "--json"]
+    result = runner.invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["batch"] for row in rows] == [1, 4]
+    for row in rows:
+        assert row["prefill_tokens_per_s"] > 0 and 0 <= row["outside_backend_share"] < 1
+        assert row["decode_tokens_per_s"] == pytest.approx(row["batch"] / row["decode_step_ms"] * 1e3)
+    table = runner.invoke(cli.app, arguments[:-1])
+    assert "prefill tokens/s" in table.stdout and table.stdout.count("ms") == 2
+
+
+def test_bench_counts_what_it_says(engine: ToyEngine) -> None:
+    """Known step times: 20 ms a decode step and 10 ms more a prompt token, whatever the batch."""
+    from llmlab.runtime.llm import LLM
+
+    llm = LLM(engine, max_num_seqs=4)
+    execute = engine.made.execute
+
+    def timed(batch):
+        prompt_tokens = len(batch.input_ids) - len(batch.kv_len)
+        time.sleep(0.02 + 0.01 * max(prompt_tokens, 0))
+        return execute(batch)
+
+    engine.made.execute = timed  # type: ignore[method-assign]
+    prefill, step, outside = cli_bench._once(llm.core, 2, 5, 4, np.random.default_rng(0))
+    assert prefill == pytest.approx(10 / (0.02 + 0.01 * 8), rel=0.25)
+    assert step == pytest.approx(0.02, rel=0.25) and 0 <= outside < 0.2
+
+
+@pytest.mark.parametrize("bad", ["", "0", "1,-2", "a", "1,,2"])
+def test_bad_batch_sizes(bad: str) -> None:
+    with pytest.raises(InputError, match="positive integers"):
+        cli_bench.batch_sizes(bad)
+
+
+# As a program
+
+
+def test_help_is_quick_and_needs_no_heavy_library() -> None:
+    code = (
+        "import sys; sys.argv = ['llmlab', '--help']\n"
+        "import llmlab.cli\n"
+        "try: llmlab.cli.main()\n"
+        "except SystemExit as end: print(end.code, {'torch', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0 set()", done.stderr
+    for verb in ("export", "optimize", "build", "run", "chat", "bench", "inspect"):
+        assert f" {verb} " in done.stdout
+        assert "Example" in runner.invoke(cli.app, [verb, "--help"]).stdout
+
+
+def test_exit_codes_of_the_program(tmp_path: Path) -> None:
+    missing = subprocess.run([*LLMLAB, "inspect", str(tmp_path / "no")], capture_output=True, text=True)
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and missing.stdout == ""
+    usage = subprocess.run([*LLMLAB, "bogus"], capture_output=True, text=True)
+    assert usage.returncode == 2 and "bogus" in usage.stderr
+    version = subprocess.run([*LLMLAB, "--version"], capture_output=True, text=True)
+    assert version.returncode == 0 and version.stdout.count(".") == 2
