@@ -278,7 +278,7 @@ def test_dead_blocks_are_released_at_once():
 
 
 def test_a_failing_backend_ends_its_batch_and_nothing_else():
-    core = make(seqs=2, prefix_cache=True, fail_at={3: RuntimeError("the toy\nbroke")})
+    core = make(seqs=2, prefix_cache=True, fail_at={3})
     for name in ("a", "b", "c"):
         core.add(request(name, [1, 2, 3, 4, 5], max_tokens=6))
     updates = []

@@ -140,7 +140,8 @@ def play(scenario, backend_class=ToyBackend, core_class=EngineCore, max_steps=15
         num_blocks=scenario.num_blocks,
         vocab_size=VOCAB,
         max_seq_len=MAX_SEQ_LEN,
-        fail_at={scenario.fails_at: RuntimeError("broke"), scenario.interrupted_at: KeyboardInterrupt()},
+        fail_at={scenario.fails_at},
+        interrupt_at={scenario.interrupted_at},
     )
     core = core_class(
         backend,

@@ -52,11 +52,19 @@ def true_logits(tokens: Sequence[int], vocab_size: int) -> np.ndarray:
 class ToyBackend:
     """Holds the pool and runs steps; checks that every batch keeps the contract of StepBatch.
 
-    fail_at: the exceptions to raise in certain steps, which are counted from 1.
+    fail_at, interrupt_at: steps, counted from 1, in which an error or Ctrl-C comes when they are half done.
     """
 
     def __init__(
-        self, *, block_size=4, num_blocks=64, max_seq_len=64, vocab_size=32, max_tokens_per_step=64, fail_at=None
+        self,
+        *,
+        block_size=4,
+        num_blocks=64,
+        max_seq_len=64,
+        vocab_size=32,
+        max_tokens_per_step=64,
+        fail_at=(),
+        interrupt_at=(),
     ):
         self.limits = EngineLimits(
             vocab_size=vocab_size,
@@ -70,7 +78,8 @@ class ToyBackend:
         self.tokens = 0
         self.copied = 0
         self.released: list[int] = []
-        self.fail_at: dict[int, BaseException] = dict(fail_at or {})
+        self.fail_at = set(fail_at)
+        self.interrupt_at = set(interrupt_at)
 
     def execute(self, batch: StepBatch) -> np.ndarray:
         self.check(batch)
@@ -78,9 +87,13 @@ class ToyBackend:
         self.tokens += len(batch.input_ids)
         for copy in batch.copies:
             self.copy(copy)
-        if self.steps in self.fail_at:
-            self.pool[batch.block_table[batch.block_table >= 0]] = 0xBAD  # half done, nobody knows what
-            raise self.fail_at[self.steps]
+        if self.steps in self.fail_at | self.interrupt_at:
+            for row, start in zip(batch.block_table, batch.kv_len - np.diff(batch.query_start), strict=True):
+                written = row[start // self.limits.block_size :]
+                self.pool[written[written >= 0]] = 0xBAD  # nobody knows what is there now
+            if self.steps in self.interrupt_at:
+                raise KeyboardInterrupt
+            raise RuntimeError("the toy\nbroke")
         states = np.zeros(len(batch.input_ids), object)
         for b in range(len(batch.kv_len)):
             self.run_row(batch, b, states)
