@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 from llmlab.errors import EngineError, InputError
 from llmlab.runtime.core import EngineCore
 from llmlab.runtime.outputs import Delta, Result
+from llmlab.runtime.progress import progress_bar
 from llmlab.runtime.session import Frontend, Message, Params, Prompt, Session, is_conversation, split_prompts
 from llmlab.runtime.tokenizer import Tokenizer
 from llmlab.runtime.turn import Turn
@@ -176,14 +176,10 @@ class LLM:
         self.close()
 
     def _run(self, sessions: list[Session], *, progress: bool) -> list[Result]:
-        tokens = 0
-        with progress_bar(sum(s.request.params.n for s in sessions), progress and len(sessions) > 1) as bar:
+        answers = sum(session.request.params.n for session in sessions)
+        with progress_bar(answers, progress and len(sessions) > 1) as advance:
             for delta in self._drive(sessions):
-                tokens += len(delta.token_ids)
-                if delta.finish_reason is not None:
-                    seconds = bar.format_dict["elapsed"]
-                    bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s" if seconds else "", refresh=False)
-                    bar.update(1)
+                advance(delta)
         return [session.result() for session in sessions]
 
     def _drive(self, sessions: list[Session]) -> Generator[Delta, None, None]:
@@ -250,14 +246,3 @@ def open_engine(
         core, tokenizer, eos_token_ids=engine.manifest.eos_token_ids, generation_config=engine.manifest.generation
     )
     return backend, frontend
-
-
-def progress_bar(total: int, wanted: bool) -> Any:
-    """A tqdm bar over `total` answers: in a notebook or on a terminal, and nowhere else."""
-    in_notebook = "ipykernel" in sys.modules and "ipywidgets" in sys.modules
-    if wanted and in_notebook:
-        from tqdm.notebook import tqdm
-    else:
-        from tqdm import tqdm
-    shown = wanted and (in_notebook or sys.stderr.isatty())
-    return tqdm(total=total, disable=not shown, unit="answer", leave=False)

@@ -425,6 +425,40 @@ def test_progress_is_shown_for_batches_on_a_terminal(
     assert ("answer" in terminal.text) == shown
 
 
+def test_a_notebook_shows_the_bar_and_keeps_no_trace_of_it(tmp_path: Path) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipywidgets")
+    write_tokenizer(tmp_path / "engine")
+    code = f"""
+import asyncio, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import llmlab as ll
+from pathlib import Path
+from toy_engine import ToyEngine
+engine, params = ToyEngine(Path({str(tmp_path / "engine")!r})), ll.SamplingParams(max_tokens=3)
+results = ll.LLM(engine, max_num_seqs=4).generate(["a", "b", "c"], params)
+async with ll.AsyncLLM(engine, max_num_seqs=4) as llm:
+    same = await llm.generate(["a", "b", "c"], params)
+assert [r.token_ids for r in same] == [r.token_ids for r in results]
+results[0]
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    messages: list[dict] = []
+    client = nbclient.NotebookClient(notebook, kernel_name="python3", on_cell_executed=None, store_widget_state=False)
+    process = client.process_message
+
+    def keep(message, *arguments, **options):
+        messages.append(message)
+        return process(message, *arguments, **options)
+
+    client.process_message = keep
+    client.execute()
+    assert any("0/3" in str(m["content"].get("data", "")) for m in messages if m["msg_type"] == "display_data")
+    outputs = notebook.cells[0].outputs
+    assert [o.data["text/plain"] for o in outputs if o.output_type == "display_data"] == [""]
+    assert [o.output_type for o in outputs] == ["display_data", "execute_result"], "no warnings on standard error"
+    assert "tokens/s" in outputs[1].data["text/html"]
+
+
 def test_the_runtime_imports_neither_torch_nor_transformers() -> None:
     code = "import sys, llmlab as ll; ll.LLM, ll.AsyncLLM; print({'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
