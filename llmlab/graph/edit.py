@@ -139,6 +139,8 @@ class Editor:
             gs.Variable(self.name(f"{name}:{i}"), dtype, None if shape is None else list(shape))
             for i, (dtype, shape) in enumerate(outputs)
         ]
+        while inputs and inputs[-1] is None:
+            inputs = inputs[:-1]
         given = [gs.Variable.empty() if t is None else t for t in inputs]
         self.surgeon.nodes.append(gs.Node(op, name, dict(attrs or {}), given, made, domain=domain))
         return made
