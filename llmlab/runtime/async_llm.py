@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from llmlab.errors import EngineError, InputError, LlmlabError
 from llmlab.runtime.llm import LoadedEngine, open_engine
 from llmlab.runtime.outputs import Delta, Result
-from llmlab.runtime.session import Message, Params, Prompt, Session, is_conversation, split_prompts
+from llmlab.runtime.session import Message, Params, Prompt, Session, split_conversations, split_prompts
 from llmlab.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -138,10 +138,7 @@ class AsyncLLM:
         template_variables: Mapping[str, Any] | None = None,
     ) -> Result | list[Result]:
         """Answer one conversation, or a list of conversations together. As LLM.chat."""
-        items, single = split_prompts(messages)
-        for item in items:
-            if not is_conversation(item):
-                raise InputError("chat takes messages such as [{'role': 'user', 'content': '...'}], or a list of those")
+        items, single = split_conversations(messages)
         results = await self._collect(self._start(items, params, template_variables))
         return results[0] if single else results
 
@@ -200,11 +197,16 @@ class AsyncLLM:
     # The worker thread's side.
 
     def _work(self) -> None:
-        while not (self._stopping and not self._frontend.has_work):
-            self._run_tasks(wait=not self._frontend.has_work and not self._stopping)
-            if self._frontend.has_work:
-                self._step()
-        self._backend.close()
+        try:
+            while not (self._stopping and not self._frontend.has_work):
+                try:
+                    self._run_tasks(wait=not self._frontend.has_work and not self._stopping)
+                    if self._frontend.has_work:
+                        self._step()
+                except Exception as error:  # a bug of ours: tell everyone who waits, and go on with an empty engine
+                    self._fail_all(f"the engine failed: {type(error).__name__}: {error}")
+        finally:
+            self._backend.close()
 
     def _run_tasks(self, *, wait: bool) -> None:
         while True:
@@ -216,13 +218,11 @@ class AsyncLLM:
             wait = False
 
     def _step(self) -> None:
-        try:
-            deltas = self._frontend.step()
-        except Exception as error:  # a bug of ours: tell everyone who waits, and go on with an empty engine
-            self._fail_all(f"the engine failed: {type(error).__name__}: {error}")
-            return
         _deliver(
-            [(session, EngineError(session.error) if session.error is not None else delta) for session, delta in deltas]
+            [
+                (session, delta if session.error is None else EngineError(session.error))
+                for session, delta in self._frontend.step()
+            ]
         )
 
     def _stop(self) -> None:

@@ -11,7 +11,7 @@ from llmlab.errors import EngineError, InputError
 from llmlab.runtime.core import EngineCore
 from llmlab.runtime.outputs import Delta, Result
 from llmlab.runtime.progress import progress_bar
-from llmlab.runtime.session import Frontend, Message, Params, Prompt, Session, is_conversation, split_prompts
+from llmlab.runtime.session import Frontend, Message, Params, Prompt, Session, split_conversations, split_prompts
 from llmlab.runtime.tokenizer import Tokenizer
 from llmlab.runtime.turn import Turn
 
@@ -142,10 +142,7 @@ class LLM:
 
         template_variables are handed to the chat template (`tools`, `enable_thinking`, ...). Errors as in `generate`.
         """
-        items, single = split_prompts(messages)
-        for item in items:
-            if not is_conversation(item):
-                raise InputError("chat takes messages such as [{'role': 'user', 'content': '...'}], or a list of those")
+        items, single = split_conversations(messages)
         sessions = self._frontend.prepare(items, params, template_variables=template_variables)
         results = self._run(sessions, progress=progress)
         return results[0] if single else results
@@ -232,17 +229,20 @@ def open_engine(
         from llmlab.runtime.engine import Engine
 
         engine = Engine.load(engine)
-    has_tokenizer = (engine.path / "tokenizer.json").is_file()
-    tokenizer = Tokenizer(engine.path) if has_tokenizer else None
+    tokenizer = Tokenizer(engine.path) if (engine.path / "tokenizer.json").is_file() else None
+    eos_token_ids = tuple(engine.manifest.eos_token_ids)
     backend = engine.backend(threads=threads, max_num_seqs=max_num_seqs)
-    core = EngineCore(
-        backend,
-        max_num_seqs=max_num_seqs,
-        max_tokens_per_step=max_tokens_per_step or backend.limits.max_tokens_per_step,
-        eos_token_ids=tuple(engine.manifest.eos_token_ids),
-        prefix_cache=prefix_cache,
-    )
-    frontend = Frontend(
-        core, tokenizer, eos_token_ids=engine.manifest.eos_token_ids, generation_config=engine.manifest.generation
-    )
-    return backend, frontend
+    try:
+        if max_tokens_per_step is None:
+            max_tokens_per_step = backend.limits.max_tokens_per_step
+        core = EngineCore(
+            backend,
+            max_num_seqs=max_num_seqs,
+            max_tokens_per_step=max_tokens_per_step,
+            eos_token_ids=eos_token_ids,
+            prefix_cache=prefix_cache,
+        )
+    except InputError:
+        backend.close()
+        raise
+    return backend, Frontend(core, tokenizer, eos_token_ids=eos_token_ids, generation_config=engine.manifest.generation)

@@ -220,7 +220,7 @@ class Frontend:
     def _tokenize(self, prompt: Prompt, variables: Mapping[str, Any]) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self._need_tokenizer().encode(prompt)
-        if is_conversation(prompt):
+        if _is_conversation(prompt):
             return self._need_tokenizer().encode_chat(prompt, **variables)  # type: ignore[arg-type]
         return None, _token_ids(prompt)
 
@@ -243,7 +243,15 @@ def split_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], boo
     return list(prompts), False  # type: ignore[arg-type]
 
 
-def is_conversation(prompt: Any) -> bool:
+def split_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> tuple[list[Prompt], bool]:
+    """(conversations, whether it was a single one). Raises InputError for anything else."""
+    items, single = split_prompts(messages)
+    if not all(map(_is_conversation, items)):
+        raise InputError("chat takes messages such as [{'role': 'user', 'content': '...'}], or a list of those")
+    return items, single
+
+
+def _is_conversation(prompt: Any) -> bool:
     return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
