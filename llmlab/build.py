@@ -49,7 +49,9 @@ def build(
         target=target,
         precision="float32",
         model=graph.config.to_dict(),
-        kv=KVLayout("slots", "float32", capacity, tuple((layer.kv_heads, layer.head_dim) for layer in graph.kv_layers())),
+        kv=KVLayout(
+            "slots", "float32", capacity, tuple((layer.kv_heads, layer.head_dim) for layer in graph.kv_layers())
+        ),
         limits=limits,
         eos_token_ids=eos_ids(graph.config, graph.assets),
         generation=generation_config(graph.assets),
@@ -60,7 +62,7 @@ def build(
         for name, data in graph.assets.items():
             (work / name).write_bytes(data)
         manifest.write(work)
-    return Engine(Path(path), manifest)
+    return Engine(Path(path), Manifest.read(Path(path)))
 
 
 def _size(name: str, given: int | None, default: int, most: int) -> int:

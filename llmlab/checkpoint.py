@@ -65,7 +65,9 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(_HEADER_LIMIT, size - 8):
-                raise CheckpointError(f"{path}: header of {length} bytes in a file of {size}: truncated or not safetensors")
+                raise CheckpointError(
+                    f"{path}: header of {length} bytes in a file of {size}: truncated or not safetensors"
+                )
             header = json.loads(file.read(length))
     except OSError as problem:
         raise CheckpointError(f"{path}: can't be read ({problem.strerror or problem})") from problem
@@ -89,9 +91,13 @@ def _stored(path: Path, name: str, entry: Any, base: int, size: int) -> StoredTe
     for n in shape if numbers else ():
         expected *= n  # Python integers: an absurd shape can't overflow
     if not numbers or end - begin != expected:
-        raise CheckpointError(f"{path}: '{name}' of shape {list(shape)} and type {dtype} can't fill bytes {begin} to {end}")
+        raise CheckpointError(
+            f"{path}: '{name}' of shape {list(shape)} and type {dtype} can't fill bytes {begin} to {end}"
+        )
     if base + end > size:
-        raise CheckpointError(f"{path}: '{name}' ends at byte {base + end}, the file at {size}: truncated, fetch it again")
+        raise CheckpointError(
+            f"{path}: '{name}' ends at byte {base + end}, the file at {size}: truncated, fetch it again"
+        )
     return StoredTensor(path, _DTYPES[dtype], shape, base + begin)
 
 
@@ -117,7 +123,9 @@ class Weights(Mapping[str, StoredTensor]):
         elif single.is_file():
             self._tensors = read_safetensors(single)
         elif pickled := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")):
-            raise CheckpointError(f"{folder}: only {pickled[0].name} there, a pickle: save it as safetensors (save_pretrained does)")
+            raise CheckpointError(
+                f"{folder}: only {pickled[0].name} there, a pickle: save it as safetensors (save_pretrained does)"
+            )
         else:
             raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json there")
 
@@ -175,7 +183,9 @@ def resolve(source: str | Path) -> Path:
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and not path.exists():
         return _download(name)
     kind = "is a file, not a folder" if path.exists() else "is no folder"
-    raise InputError(f"{name!r} {kind}; expected a checkpoint folder, a hub id such as 'org/model', or one of: {', '.join(zoo.names())}")
+    raise InputError(
+        f"{name!r} {kind}; expected a checkpoint folder, a hub id such as 'org/model', or one of: {', '.join(zoo.names())}"
+    )
 
 
 def _download(repo: str) -> Path:
@@ -189,5 +199,7 @@ def _download(repo: str) -> Path:
     except errors.RepositoryNotFoundError as problem:
         raise CheckpointError(f"{repo}: no such model on the hub (or no access: run `hf auth login`)") from problem
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError, errors.HfHubHTTPError) as problem:
-        raise CheckpointError(f"{repo}: no folder of that name, and the hub can't be reached: check the path or go online") from problem
+        raise CheckpointError(
+            f"{repo}: no folder of that name, and the hub can't be reached: check the path or go online"
+        ) from problem
     return Path(folder)

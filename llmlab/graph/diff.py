@@ -33,10 +33,17 @@ class GraphDiff:
         for what in ("added", "removed", "changed"):
             for name in getattr(self, what):
                 table.setdefault(layer_of(name), Counter())[what] += 1
-        return {layer: {w: counts[w] for w in ("added", "removed", "changed")} for layer, counts in sorted(table.items())}
+        return {
+            layer: {w: counts[w] for w in ("added", "removed", "changed")} for layer, counts in sorted(table.items())
+        }
 
     def to_dict(self) -> dict[str, Any]:
-        return {"added": list(self.added), "removed": list(self.removed), "changed": list(self.changed), "ops": dict(self.ops)}
+        return {
+            "added": list(self.added),
+            "removed": list(self.removed),
+            "changed": list(self.changed),
+            "ops": dict(self.ops),
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> GraphDiff:

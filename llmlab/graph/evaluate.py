@@ -52,9 +52,19 @@ class PositionFunction:
         inputs = [gs.Variable(n, INT64, ["batch", "sequence"]) for n in sorted(self.sources)]
         outputs = [gs.Variable(f"result_{i}", t.dtype, None) for i, t in enumerate(self.tensors)]
         by_name = {t.name: t for t in inputs}
-        tails = [gs.Node("Identity", inputs=[_stand_in(t, by_name)], outputs=[o]) for t, o in zip(self.tensors, outputs, strict=True)]
+        tails = [
+            gs.Node("Identity", inputs=[_stand_in(t, by_name)], outputs=[o])
+            for t, o in zip(self.tensors, outputs, strict=True)
+        ]
         copies = [
-            gs.Node(n.op, n.name, dict(n.attrs), [_stand_in(t, by_name) for t in n.inputs], [_stand_in(t, by_name) for t in n.outputs], domain=n.domain)
+            gs.Node(
+                n.op,
+                n.name,
+                dict(n.attrs),
+                [_stand_in(t, by_name) for t in n.inputs],
+                [_stand_in(t, by_name) for t in n.outputs],
+                domain=n.domain,
+            )
             for n in self.nodes
         ]
         graph = gs.Graph(copies + tails, inputs, outputs, opset=OPSET).toposort()
@@ -71,5 +81,9 @@ def _stand_in(tensor: gs.Tensor, by_name: dict[str, gs.Tensor]) -> gs.Tensor:
     if isinstance(tensor, gs.Variable) and tensor.is_empty():
         return gs.Variable.empty()
     if tensor.name not in by_name:
-        by_name[tensor.name] = gs.Constant(tensor.name, np.asarray(tensor.values)) if isinstance(tensor, gs.Constant) else gs.Variable(tensor.name, tensor.dtype)
+        by_name[tensor.name] = (
+            gs.Constant(tensor.name, np.asarray(tensor.values))
+            if isinstance(tensor, gs.Constant)
+            else gs.Variable(tensor.name, tensor.dtype)
+        )
     return by_name[tensor.name]

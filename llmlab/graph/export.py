@@ -52,7 +52,9 @@ def export(
     if config is not None:
         raise InputError("config goes with a torch module; a checkpoint brings its own config.json")
     if not isinstance(source, (str, Path)):
-        raise InputError(f"source is a {type(source).__name__}; expected a checkpoint folder, a hub id or a torch module")
+        raise InputError(
+            f"source is a {type(source).__name__}; expected a checkpoint folder, a hub id or a torch module"
+        )
     checkpoint = Checkpoint(resolve(source))
     model = _empty_model(checkpoint, trust_remote_code)
     return Graph(_to_surgeon(model, _locate_weights(model, checkpoint)), checkpoint.config, checkpoint.assets)
@@ -82,9 +84,13 @@ def _empty_model(checkpoint: Checkpoint, trust_remote_code: bool) -> torch.nn.Mo
     raw = checkpoint.config.raw
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "an unknown method")
-        raise UnsupportedModelError(f"{checkpoint.folder}: quantized with {method}; export the full-precision checkpoint and use llmlab to quantize")
+        raise UnsupportedModelError(
+            f"{checkpoint.folder}: quantized with {method}; export the full-precision checkpoint and use llmlab to quantize"
+        )
     if "auto_map" in raw and not trust_remote_code:
-        raise UnsupportedModelError(f"{checkpoint.folder}: brings its own code; pass trust_remote_code=True if you trust it")
+        raise UnsupportedModelError(
+            f"{checkpoint.folder}: brings its own code; pass trust_remote_code=True if you trust it"
+        )
     from transformers.initialization import no_init_weights
 
     try:
@@ -95,7 +101,9 @@ def _empty_model(checkpoint: Checkpoint, trust_remote_code: bool) -> torch.nn.Mo
             )
     except Exception as problem:  # transformers raises whatever its model code raises
         reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise UnsupportedModelError(f"{checkpoint.folder}: transformers can't make a '{checkpoint.config.model_type}' model of it: {reason}") from problem
+        raise UnsupportedModelError(
+            f"{checkpoint.folder}: transformers can't make a '{checkpoint.config.model_type}' model of it: {reason}"
+        ) from problem
     model.tie_weights()
     return model.eval()
 
@@ -120,12 +128,19 @@ def _locate_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str,
         found[name] = by_tensor[id(tensor)] = StoredWeight(stored_name, stored.map())
     for name, key in missing.items():
         if key not in by_tensor:
-            raise CheckpointError(f"{checkpoint.folder}: no tensor '{name}' in it; the checkpoint is incomplete or of another model")
+            raise CheckpointError(
+                f"{checkpoint.folder}: no tensor '{name}' in it; the checkpoint is incomplete or of another model"
+            )
         found[name] = by_tensor[key]
     used = {weight.name for weight in found.values()}
-    unused = [n for n in checkpoint.weights if n not in used and not n.endswith(("inv_freq", "masked_bias", ".attn.bias"))]
+    unused = [
+        n for n in checkpoint.weights if n not in used and not n.endswith(("inv_freq", "masked_bias", ".attn.bias"))
+    ]
     if unused:
-        warnings.warn(f"{checkpoint.folder}: {len(unused)} tensors have no place in the model and are left out, such as '{unused[0]}'", stacklevel=3)
+        warnings.warn(
+            f"{checkpoint.folder}: {len(unused)} tensors have no place in the model and are left out, such as '{unused[0]}'",
+            stacklevel=3,
+        )
     return found
 
 
@@ -158,7 +173,8 @@ def _to_surgeon(model: torch.nn.Module, weights: Mapping[str, StoredWeight]) -> 
 
 
 def _wrap(model: torch.nn.Module) -> torch.nn.Module:
-    torch = require("torch", "export")
+    import torch
+
     accepted = inspect.signature(model.forward).parameters
     flexible = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     fixed = {"use_cache": False} if "use_cache" in accepted else {}
@@ -220,7 +236,10 @@ def _widen(graph: gs.Graph, weight: gs.Constant, dtype: np.dtype) -> None:
     for node in consumers:
         node.inputs = [wide if t is weight else t for t in node.inputs]
     scope = weight.name.rpartition(".")[0]
-    graph.nodes.insert(0, gs.Node("Cast", f"{scope}/Cast_{weight.name.rpartition('.')[2]}", {"to": onnx_dtype(dtype)}, [weight], [wide]))
+    graph.nodes.insert(
+        0,
+        gs.Node("Cast", f"{scope}/Cast_{weight.name.rpartition('.')[2]}", {"to": onnx_dtype(dtype)}, [weight], [wide]),
+    )
 
 
 def _name_nodes(model: Any) -> None:

@@ -19,7 +19,7 @@ class PagedAttention(OpRun):
     op_domain = LLMLAB_DOMAIN
 
     def _run(self, *inputs: Any, **attrs: Any) -> tuple[np.ndarray, ...]:
-        tensors = [None if i is None or np.size(i) == 0 and np.ndim(i) == 0 else i for i in inputs]
+        tensors: list[Any] = [None if i is None or (np.size(i) == 0 and np.ndim(i) == 0) else i for i in inputs]
         interleaved = bool(attrs.pop("interleaved", 0))
         known = {k: attrs[k] for k in ("num_heads", "kv_num_heads", "head_dim", "scale", "window", "softcap")}
         return paged_attention(*tensors, interleaved=interleaved, **known)

@@ -32,7 +32,13 @@ def classify(mask: gs.Tensor, max_length: int) -> MaskKind:
     function = PositionFunction([mask])
     if (reason := function.dependence()) is not None:
         return MaskKind(reason=f"the mask {reason}")
-    constants = {abs(int(v)) for n in function.nodes for t in n.inputs if (a := value(t)) is not None and a.size == 1 and _whole(a) for v in a.reshape(-1)}
+    constants = {
+        abs(int(v))
+        for n in function.nodes
+        for t in n.inputs
+        if (a := value(t)) is not None and a.size == 1 and _whole(a)
+        for v in a.reshape(-1)
+    }
     edges = {c + d for c in constants if 1 < c <= min(_LONGEST, max_length) for d in (0, 1, 2)}
     window: int | None = None
     for length in sorted({*_LENGTHS, *edges}):

@@ -75,12 +75,18 @@ def _verify(graph: Graph) -> None:
     left = [n for n in graph.surgeon.nodes if n.op == "Attention"]
     if left:
         reasons = [f"{p}: {why}" for (p, node), why in misses.items() if node == left[0].name]
-        raise UnsupportedModelError(f"{kind}: {left[0].name} can't be paged ({'; '.join(reasons) or 'no pass matched it'})")
+        raise UnsupportedModelError(
+            f"{kind}: {left[0].name} can't be paged ({'; '.join(reasons) or 'no pass matched it'})"
+        )
     if graph.kind != "serving":
         raise UnsupportedModelError(f"{kind}: no attention was found in its graph")
     if (mixing := mixing_node(graph)) is not None:
         node, reason = mixing
         raise UnsupportedModelError(f"{kind}: {node.name} ({node.op}) may mix tokens of different sequences: {reason}")
     names = [t.name for t in graph.surgeon.inputs]
-    if tuple(names[: len(SERVING_INPUTS)]) != SERVING_INPUTS or not all(n.startswith("kv_cache.") for n in names[len(SERVING_INPUTS) :]):
-        raise UnsupportedModelError(f"{kind}: the rewritten graph has inputs {', '.join(names)}, not those of a serving graph")
+    if tuple(names[: len(SERVING_INPUTS)]) != SERVING_INPUTS or not all(
+        n.startswith("kv_cache.") for n in names[len(SERVING_INPUTS) :]
+    ):
+        raise UnsupportedModelError(
+            f"{kind}: the rewritten graph has inputs {', '.join(names)}, not those of a serving graph"
+        )

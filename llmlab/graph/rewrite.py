@@ -66,7 +66,9 @@ class PassReport:
         )
 
     def __str__(self) -> str:
-        text = f"{self.name}: {self.rewrites} of {self.matches} rewritten, {self.nodes_before} → {self.nodes_after} nodes"
+        text = (
+            f"{self.name}: {self.rewrites} of {self.matches} rewritten, {self.nodes_before} → {self.nodes_after} nodes"
+        )
         return text + "".join(f"\n  not {m.node}: {m.reason}" for m in self.near_misses)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
@@ -78,7 +80,9 @@ def history_html(history: list[PassReport]) -> str:
     rows = ""
     for r in history:
         ops = ", ".join(f"{op} {n:+d}" for op, n in r.diff.ops.items())
-        misses = "".join(f"<br><small>not {html.escape(m.node)}: {html.escape(m.reason)}</small>" for m in r.near_misses)
+        misses = "".join(
+            f"<br><small>not {html.escape(m.node)}: {html.escape(m.reason)}</small>" for m in r.near_misses
+        )
         rows += (
             f"<tr><td style='text-align:left'><b>{html.escape(r.name)}</b><br><small>{html.escape(r.summary)}</small>{misses}</td>"
             f"<td>{r.rewrites} / {r.matches}</td><td>{r.nodes_before} → {r.nodes_after}</td>"

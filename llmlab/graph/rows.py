@@ -10,7 +10,19 @@ from llmlab.graph.passes.drop_batch_axis import ELEMENTWISE
 from llmlab.graph.passes.pack_tokens import TOKENS
 
 _ALONG = {"Softmax": -1, "LogSoftmax": -1, "RMSNormalization": -1, "LayerNormalization": -1, "Concat": None, "Split": 0}
-_REDUCE = frozenset(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceSumSquare", "ReduceL2", "Slice", "Squeeze", "Unsqueeze"))
+_REDUCE = frozenset(
+    (
+        "ReduceMean",
+        "ReduceSum",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceSumSquare",
+        "ReduceL2",
+        "Slice",
+        "Squeeze",
+        "Unsqueeze",
+    )
+)
 
 
 def token_axis(tensor: gs.Tensor) -> int | None:
@@ -24,7 +36,9 @@ def mixes_tokens(node: gs.Node) -> str | None:
     """None where each row of the node's outputs depends on the same row of its inputs alone, else what is in doubt."""
     if node.op == "PagedAttention" or (node.op == "Gather" and node.inputs[1].name == "logits_index"):
         return None
-    unknown = [t.name for t in (*node.inputs, *node.outputs) if t.name and t.shape is None and not constant_expression(t)]
+    unknown = [
+        t.name for t in (*node.inputs, *node.outputs) if t.name and t.shape is None and not constant_expression(t)
+    ]
     if unknown:
         return f"the shape of {unknown[0]} is not known"
     axes = [token_axis(t) for t in node.inputs]
@@ -45,7 +59,11 @@ def mixes_tokens(node: gs.Node) -> str | None:
         return None if looked_up else "it picks among tokens"
     if node.op == "Transpose":
         perm = list(node.attrs.get("perm", ()))
-        return None if axis is not None and perm and perm[out_axis] == axis else "it moves the token axis in an unknown way"
+        return (
+            None
+            if axis is not None and perm and perm[out_axis] == axis
+            else "it moves the token axis in an unknown way"
+        )
     if node.op == "Reshape":
         return _reshape(node, axis, out_axis)
     if node.op == "RotaryEmbedding":
@@ -53,7 +71,11 @@ def mixes_tokens(node: gs.Node) -> str | None:
     if node.op in _ALONG:
         along = node.attrs.get("axis", _ALONG[node.op])
         along = None if along is None else along % rank
-        return None if along is not None and along != out_axis and all(a in (None, out_axis) for a in axes) else "it works along the token axis"
+        return (
+            None
+            if along is not None and along != out_axis and all(a in (None, out_axis) for a in axes)
+            else "it works along the token axis"
+        )
     if node.op in _REDUCE:
         at = 3 if node.op == "Slice" else 1
         touched = ints(operand(node, at))

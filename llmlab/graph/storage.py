@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
@@ -119,7 +118,9 @@ def read_onnx(folder: Path, model: str = MODEL, weights: str = WEIGHTS) -> gs.Gr
 def _map(path: Path, tensor: TensorProto, data: Path, size: int) -> np.ndarray:
     entry: Mapping[str, str] = {e.key: e.value for e in tensor.external_data}
     if entry.get("location") != data.name:
-        raise GraphError(f"{path}: '{tensor.name}' points to {entry.get('location')!r}, expected {data.name!r} beside the graph")
+        raise GraphError(
+            f"{path}: '{tensor.name}' points to {entry.get('location')!r}, expected {data.name!r} beside the graph"
+        )
     try:
         offset = int(entry.get("offset", 0))
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
@@ -129,7 +130,9 @@ def _map(path: Path, tensor: TensorProto, data: Path, size: int) -> np.ndarray:
     for dim in tensor.dims:
         nbytes *= dim
     if offset < 0 or nbytes <= 0 or offset + nbytes > size or any(d <= 0 for d in tensor.dims):
-        raise GraphError(f"{path}: '{tensor.name}' wants bytes {offset} to {offset + nbytes} of {data.name}, which has {size}: truncated or altered")
+        raise GraphError(
+            f"{path}: '{tensor.name}' wants bytes {offset} to {offset + nbytes} of {data.name}, which has {size}: truncated or altered"
+        )
     return np.memmap(data, dtype, "r", offset, tuple(tensor.dims))
 
 
@@ -156,8 +159,7 @@ def load_graph(path: Path) -> Graph:
     if not isinstance(manifest, dict) or manifest.get("format") != GRAPH_FORMAT:
         version = manifest.get("format") if isinstance(manifest, dict) else None
         raise GraphError(f"{path}: graph format {version!r}, this llmlab reads {GRAPH_FORMAT}: export it again")
-    config = ModelConfig.from_hf(manifest.get("config"), where=str(path / MANIFEST))
+    config = ModelConfig.from_hf(manifest.get("config", {}), where=str(path / MANIFEST))
     history = [PassReport.from_dict(entry) for entry in manifest.get("history", ())]
     assets = {n: read_bytes(path / n, GraphError) for n in ASSETS if (path / n).is_file()}
     return Graph(read_onnx(path), config, assets, history)
-

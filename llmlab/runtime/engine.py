@@ -91,22 +91,33 @@ class Manifest:
         version = data.get("format") if isinstance(data, dict) else None
         if version != ENGINE_FORMAT:
             made = f", made by llmlab {data.get('llmlab')}" if isinstance(data, dict) and data.get("llmlab") else ""
-            raise EngineError(f"{folder}: engine format {version!r}{made}, this llmlab reads {ENGINE_FORMAT}: build it again, or update llmlab")
+            raise EngineError(
+                f"{folder}: engine format {version!r}{made}, this llmlab reads {ENGINE_FORMAT}: build it again, or update llmlab"
+            )
         try:
             manifest = cls(
                 target=str(data["target"]),
                 precision=str(data["precision"]),
                 model=dict(data["model"]),
-                kv=KVLayout(data["kv"]["layout"], data["kv"]["dtype"], _count(data["kv"]["capacity"]), tuple((_count(h), _count(d)) for h, d in data["kv"]["layers"])),
+                kv=KVLayout(
+                    data["kv"]["layout"],
+                    data["kv"]["dtype"],
+                    _count(data["kv"]["capacity"]),
+                    tuple((_count(h), _count(d)) for h, d in data["kv"]["layers"]),
+                ),
                 limits=Limits(_count(data["limits"]["max_seq_len"]), _count(data["limits"]["max_tokens_per_step"])),
                 eos_token_ids=tuple(_count(i, 0) for i in data["eos_token_ids"]),
                 generation=dict(data["generation"]),
                 passes=tuple((str(n), int(c)) for n, c in data["passes"]),
-                files={str(n): {"size": _count(f["size"], 0), "sha256": str(f["sha256"])} for n, f in data["files"].items()},
+                files={
+                    str(n): {"size": _count(f["size"], 0), "sha256": str(f["sha256"])} for n, f in data["files"].items()
+                },
             )
             _ = manifest.config
         except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as problem:
-            raise EngineError(f"{path}: a field is missing or malformed ({problem}): altered, build the engine again") from problem
+            raise EngineError(
+                f"{path}: a field is missing or malformed ({problem}): altered, build the engine again"
+            ) from problem
         return manifest
 
 
@@ -170,7 +181,10 @@ class Engine:
             "limits": f"{m.limits.max_seq_len:,} tokens a sequence, {m.limits.max_tokens_per_step:,} new tokens a step",
             "KV cache": f"{m.kv.layout}, {m.kv.dtype}, {sum(2 * h * d for h, d in m.kv.layers):,} numbers a token",
         }
-        rows = "".join(f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{html.escape(str(v))}</td></tr>"
+            for k, v in facts.items()
+        )
         return {"text/plain": repr(self), "text/html": f"<table>{rows}</table>"}
 
 
@@ -181,6 +195,8 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise EngineError(f"{path}: missing; the engine is incomplete, build it again")
     if path.stat().st_size != entry["size"]:
-        raise EngineError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['size']}: truncated or altered, build it again")
+        raise EngineError(
+            f"{path}: {path.stat().st_size} bytes, the manifest says {entry['size']}: truncated or altered, build it again"
+        )
     if sha256(path) != entry["sha256"]:
         raise EngineError(f"{path}: its sha256 is not the manifest's: altered, build the engine again")

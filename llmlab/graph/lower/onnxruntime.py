@@ -15,7 +15,15 @@ _INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
 _ORT_DOMAIN = "com.microsoft"
 _QUERY_SEQLENS = 16  # input of GroupQueryAttention: new tokens of each row
 
-LOWERED_INPUTS = ("input_ids", "position_ids", "logits_index", "unpack_index", "pack_index", "seqlens_k", "query_seqlens")
+LOWERED_INPUTS = (
+    "input_ids",
+    "position_ids",
+    "logits_index",
+    "unpack_index",
+    "pack_index",
+    "seqlens_k",
+    "query_seqlens",
+)
 
 
 def lower(graph: Graph, capacity: int) -> Graph:
@@ -71,7 +79,9 @@ class _RopeTables:
         if id(table) not in self._made:
             rows = np.asarray(value(table, limit=1 << 31))
             missing = max(0, self.capacity - len(rows))
-            self._made[id(table)] = self._edit.constant(table.name, np.pad(rows, ((0, missing), (0, 0)), mode="edge")[: self.capacity])
+            self._made[id(table)] = self._edit.constant(
+                table.name, np.pad(rows, ((0, missing), (0, 0)), mode="edge")[: self.capacity]
+            )
         return self._made[id(table)]
 
 
@@ -83,15 +93,20 @@ def _packed_qkv(node: gs.Node) -> gs.Tensor | None:
     return split.inputs[0] if all(len(t.outputs) == 1 for t in split.outputs) else None
 
 
-def _lower_attention(edit: Editor, node: gs.Node, qkv: gs.Tensor | None, layer: int, indices: dict[str, gs.Variable], tables: _RopeTables) -> None:
+def _lower_attention(
+    edit: Editor, node: gs.Node, qkv: gs.Tensor | None, layer: int, indices: dict[str, gs.Variable], tables: _RopeTables
+) -> None:
     where, attrs = scope(node), node.attrs
     heads, kv_heads, dim = attrs["num_heads"], attrs["kv_num_heads"], attrs["head_dim"]
     dtype = np.dtype(node.inputs[0].dtype)
     if dtype != np.float32:
-        raise UnsupportedModelError(f"{node.name}: attention in {dtype}; ONNX Runtime's CPU wants float32: build from an unconverted graph")
+        raise UnsupportedModelError(
+            f"{node.name}: attention in {dtype}; ONNX Runtime's CPU wants float32: build from an unconverted graph"
+        )
     rows = [qkv] if qkv is not None else list(node.inputs[:3])
     unpacked: list[gs.Tensor | None] = [
-        edit.add("Gather", where, [t, indices["unpack_index"]], {"axis": 0}, dtype=dtype, shape=["R", "S", t.shape[-1]]) for t in rows
+        edit.add("Gather", where, [t, indices["unpack_index"]], {"axis": 0}, dtype=dtype, shape=["R", "S", t.shape[-1]])
+        for t in rows
     ]
     unpacked += [None] * (3 - len(unpacked))
     cache_shape = ["R", kv_heads, tables.capacity, dim]
@@ -122,7 +137,9 @@ def _lower_attention(edit: Editor, node: gs.Node, qkv: gs.Tensor | None, layer: 
     edit.surgeon.outputs.extend(present)
     flat_shape = edit.constant(f"{where}/flat", np.array([-1, heads * dim], np.int64))
     flat = edit.add("Reshape", where, [out, flat_shape], dtype=dtype, shape=[None, heads * dim])
-    packed = edit.add("Gather", where, [flat, indices["pack_index"]], {"axis": 0}, dtype=dtype, shape=["T", heads * dim])
+    packed = edit.add(
+        "Gather", where, [flat, indices["pack_index"]], {"axis": 0}, dtype=dtype, shape=["T", heads * dim]
+    )
     edit.replace(node.outputs[0], packed)
     node.outputs.clear()
 
@@ -159,7 +176,12 @@ def _lower_products(edit: Editor) -> None:
     for node in list(edit.surgeon.nodes):
         layer = linear(node)
         x = node.inputs[0] if layer is not None else None
-        if layer is None or x is None or len(x.shape or ()) != 2 or edit.is_output(node.outputs[0]) and layer.bias is not None:
+        if (
+            layer is None
+            or x is None
+            or len(x.shape or ()) != 2
+            or (edit.is_output(node.outputs[0]) and layer.bias is not None)
+        ):
             continue
         addend, out = layer.bias, layer.out
         if addend is None and len(out.outputs) == 1 and out.outputs[0].op == "Add" and not edit.is_output(out):
@@ -167,5 +189,7 @@ def _lower_products(edit: Editor) -> None:
             residual = other(add, out)
             if residual is not out and list(residual.shape or ()) == list(out.shape or ()):
                 addend, out = residual, add.outputs[0]
-        fused = edit.add("Gemm", scope(node), [x, layer.weight, addend], {"transB": 1}, dtype=out.dtype, shape=out.shape)
+        fused = edit.add(
+            "Gemm", scope(node), [x, layer.weight, addend], {"transB": 1}, dtype=out.dtype, shape=out.shape
+        )
         edit.replace(out, fused)

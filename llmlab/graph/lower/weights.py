@@ -12,7 +12,6 @@ import onnx_graphsurgeon as gs
 from llmlab.graph.edit import constant_expression
 from llmlab.graph.storage import DeferredValues, array
 
-
 Attrs = dict[str, Any]
 _OPS: dict[str, Callable[[Attrs, list[np.ndarray]], np.ndarray]] = {
     "Add": lambda attrs, i: i[0] + i[1],
@@ -47,8 +46,18 @@ def _can_evaluate(tensor: gs.Tensor) -> bool:
     if isinstance(tensor, gs.Constant):
         return True
     shape: Any = tensor.shape
-    known = shape is not None and all(isinstance(d, int) for d in shape) and tensor.dtype is not None and not isinstance(tensor.dtype, int)
-    return bool(known and tensor.inputs and tensor.inputs[0].op in _OPS and all(_can_evaluate(t) for t in tensor.inputs[0].inputs))
+    known = (
+        shape is not None
+        and all(isinstance(d, int) for d in shape)
+        and tensor.dtype is not None
+        and not isinstance(tensor.dtype, int)
+    )
+    return bool(
+        known
+        and tensor.inputs
+        and tensor.inputs[0].op in _OPS
+        and all(_can_evaluate(t) for t in tensor.inputs[0].inputs)
+    )
 
 
 def defer_weights(surgeon: gs.Graph) -> None:
@@ -62,7 +71,12 @@ def defer_weights(surgeon: gs.Graph) -> None:
         if all(constant_expression(t) for t in node.inputs) and node.inputs:
             continue  # inside an expression
         for i, tensor in enumerate(node.inputs):
-            if isinstance(tensor, gs.Variable) and tensor.inputs and constant_expression(tensor) and _can_evaluate(tensor):
+            if (
+                isinstance(tensor, gs.Variable)
+                and tensor.inputs
+                and constant_expression(tensor)
+                and _can_evaluate(tensor)
+            ):
                 if id(tensor) not in made:
                     made[id(tensor)] = gs.Constant(f"{tensor.name}.folded", Expression(tensor))
                 node.inputs[i] = made[id(tensor)]

@@ -11,9 +11,55 @@ from llmlab.graph.edit import Editor, constant_expression, ints, operand, produc
 from llmlab.graph.rewrite import Match, Pass
 
 ELEMENTWISE = frozenset(
-    "Abs Add And Cast Ceil Clip Cos Div Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish Identity LeakyRelu Less "
-    "LessOrEqual Log Max Min Mish Mod Mul Neg Not Or Pow Reciprocal Relu Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Sub Swish "
-    "Tanh ThresholdedRelu Where Xor".split()
+    [
+        "Abs",
+        "Add",
+        "And",
+        "Cast",
+        "Ceil",
+        "Clip",
+        "Cos",
+        "Div",
+        "Equal",
+        "Erf",
+        "Exp",
+        "Floor",
+        "Gelu",
+        "Greater",
+        "GreaterOrEqual",
+        "HardSigmoid",
+        "HardSwish",
+        "Identity",
+        "LeakyRelu",
+        "Less",
+        "LessOrEqual",
+        "Log",
+        "Max",
+        "Min",
+        "Mish",
+        "Mod",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Pow",
+        "Reciprocal",
+        "Relu",
+        "Round",
+        "Selu",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Softplus",
+        "Softsign",
+        "Sqrt",
+        "Sub",
+        "Swish",
+        "Tanh",
+        "ThresholdedRelu",
+        "Where",
+        "Xor",
+    ]
 )
 _AXIS = frozenset(("Softmax", "LogSoftmax", "RMSNormalization", "LayerNormalization", "Split", "Concat"))
 _AXES = frozenset(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceSumSquare", "ReduceL2"))
@@ -72,9 +118,10 @@ class DropBatchAxis(Pass):
             elif shape is None or not (isinstance(tensor, gs.Constant) or len(shape) < rank):
                 return f"input {i} is another tensor with a batch axis"
             elif len(shape) == rank:
-                if shape[0] != 1 or value(tensor) is None:
+                array = value(tensor)
+                if shape[0] != 1 or array is None:
                     return f"input {i} is a constant of shape {list(shape)}"
-                match.swaps[i] = np.squeeze(value(tensor), 0)
+                match.swaps[i] = np.squeeze(array, 0)
         return None
 
     def _reshape(self, match: Match) -> str | None:
@@ -111,7 +158,7 @@ class DropBatchAxis(Pass):
     def rewrite(self, edit: Editor, match: Match) -> None:
         node, where = match.node, scope(match.node)
         if node.op == "Squeeze":
-            edit.replace(node.outputs[0], _lifted(node.inputs[0]))  # type: ignore[arg-type]
+            edit.replace(node.outputs[0], _lifted(node.inputs[0]))
             return
         inputs: list[gs.Tensor | None] = []
         for i, tensor in enumerate(node.inputs):

@@ -28,17 +28,17 @@ class FuseRMSNorm(Pass):
             return "the mean is not over the last axis with keepdims"
         add = _only(mean.outputs[0], "Add")
         epsilon = scalar(other(add, mean.outputs[0])) if add is not None else None
-        if epsilon is None:
+        if add is None or epsilon is None:
             return "no constant ε is added to the mean"
         root = _only(add.outputs[0], "Sqrt")
         inverse = _only(root.outputs[0], "Reciprocal") if root is not None else None
         scaled = _only(inverse.outputs[0], "Mul") if inverse is not None else None
-        if scaled is None or other(scaled, inverse.outputs[0]) is not match.x:
+        if inverse is None or scaled is None or other(scaled, inverse.outputs[0]) is not match.x:
             return "mean + ε is not used as x · reciprocal(sqrt(·))"
         weighted = _only(scaled.outputs[0], "Mul")
         weight = other(weighted, scaled.outputs[0]) if weighted is not None else None
         width = _last(match.x)
-        if weight is None or not constant_expression(weight) or list(weight.shape or ()) != [width]:
+        if weighted is None or weight is None or not constant_expression(weight) or list(weight.shape or ()) != [width]:
             return f"no constant weight of shape [{width}] multiplies the result"
         match.epsilon, match.weight, match.result = epsilon, weight, weighted.outputs[0]
         return None

@@ -98,7 +98,12 @@ def _rotate_half(tensor: gs.Tensor) -> gs.Tensor | None:
     rank, half = len(x.shape), x.shape[-1] // 2
     if concat.attrs.get("axis") not in (-1, rank - 1):
         return None
-    if _range(first, rank) != (0, half) or (lo_hi := _range(second, rank)) is None or lo_hi[0] != half or lo_hi[1] < 2 * half:
+    if (
+        _range(first, rank) != (0, half)
+        or (lo_hi := _range(second, rank)) is None
+        or lo_hi[0] != half
+        or lo_hi[1] < 2 * half
+    ):
         return None
     return x
 

@@ -27,7 +27,11 @@ class GatherLogits(Pass):
                 yield Match(node=out.inputs[0], logits=out)
 
     def check(self, edit: Editor, match: Match) -> str | None:
-        return None if token_axis(match.logits) == 0 else f"the logits have shape {match.logits.shape}, expected [T, vocab]"
+        return (
+            None
+            if token_axis(match.logits) == 0
+            else f"the logits have shape {match.logits.shape}, expected [T, vocab]"
+        )
 
     def rewrite(self, edit: Editor, match: Match) -> None:
         index = gs.Variable("logits_index", np.dtype(np.int64), [WANTED])
@@ -41,14 +45,14 @@ class GatherLogits(Pass):
                 maker = producer(tensor)
                 where = scope(maker) if maker is not None else "logits"
                 shape = [WANTED, *list(tensor.shape or ())[1:]]
-                gathered[id(tensor)] = edit.add("Gather", where, [tensor, index], {"axis": 0}, dtype=tensor.dtype, shape=shape)
+                gathered[id(tensor)] = edit.add(
+                    "Gather", where, [tensor, index], {"axis": 0}, dtype=tensor.dtype, shape=shape
+                )
             return gathered[id(tensor)]
 
         inside = {id(n) for n in region}
         for node in region:
-            node.inputs = [
-                rows(t) if token_axis(t) == 0 and id(producer(t)) not in inside else t for t in node.inputs
-            ]
+            node.inputs = [rows(t) if token_axis(t) == 0 and id(producer(t)) not in inside else t for t in node.inputs]
         for node in region:
             for out in node.outputs:
                 out.shape = [WANTED, *list(out.shape or ())[1:]]

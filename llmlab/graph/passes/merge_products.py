@@ -27,7 +27,11 @@ def linear(node: gs.Node) -> Linear | None:
     if node.op != "MatMul":
         return None
     transpose = producer(node.inputs[1], "Transpose")
-    if transpose is None or list(transpose.attrs.get("perm", ())) != [1, 0] or not constant_expression(transpose.inputs[0]):
+    if (
+        transpose is None
+        or list(transpose.attrs.get("perm", ())) != [1, 0]
+        or not constant_expression(transpose.inputs[0])
+    ):
         return None
     weight, out = transpose.inputs[0], node.outputs[0]
     add = out.outputs[0] if len(out.outputs) == 1 and out.outputs[0].op == "Add" else None
@@ -70,13 +74,24 @@ class MergeProducts(Pass):
         widths = [int(layer.weight.shape[0]) for layer in layers]
         depth, dtype, x = first.weight.shape[1], first.weight.dtype, first.node.inputs[0]
         rows = list(x.shape or ())[:-1]
-        joined = edit.add("Concat", where, [layer.weight for layer in layers], {"axis": 0}, dtype=dtype, shape=[sum(widths), depth])
+        joined = edit.add(
+            "Concat", where, [layer.weight for layer in layers], {"axis": 0}, dtype=dtype, shape=[sum(widths), depth]
+        )
         turned = edit.add("Transpose", where, [joined], {"perm": [1, 0]}, dtype=dtype, shape=[depth, sum(widths)])
         product = edit.add("MatMul", where, [x, turned], dtype=first.out.dtype, shape=[*rows, sum(widths)])
         if first.bias is not None:
-            bias = edit.add("Concat", where, [layer.bias for layer in layers], {"axis": 0}, dtype=first.bias.dtype, shape=[sum(widths)])
+            bias = edit.add(
+                "Concat",
+                where,
+                [layer.bias for layer in layers],
+                {"axis": 0},
+                dtype=first.bias.dtype,
+                shape=[sum(widths)],
+            )
             product = edit.add("Add", where, [product, bias], dtype=first.out.dtype, shape=[*rows, sum(widths)])
         sizes = edit.constant(f"{where}/widths", np.asarray(widths, np.int64))
-        parts = edit.add_many("Split", where, [product, sizes], {"axis": -1}, [(first.out.dtype, [*rows, w]) for w in widths])
+        parts = edit.add_many(
+            "Split", where, [product, sizes], {"axis": -1}, [(first.out.dtype, [*rows, w]) for w in widths]
+        )
         for layer, part in zip(layers, parts, strict=True):
             edit.replace(layer.out, part)

@@ -28,7 +28,11 @@ class PackTokens(Pass):
         if sorted(names) != ["input_ids", "position_ids"]:
             return f"the graph's inputs are {', '.join(names)}; expected input_ids and position_ids"
         shapes = {tuple(t.shape or ()) for t in edit.surgeon.inputs}
-        if len(shapes) != 1 or len(match_shape := next(iter(shapes))) != 2 or not all(isinstance(d, str) for d in match_shape):
+        if (
+            len(shapes) != 1
+            or len(match_shape := next(iter(shapes))) != 2
+            or not all(isinstance(d, str) for d in match_shape)
+        ):
             return f"the inputs have shapes {sorted(shapes, key=str)}; expected two symbols, batch and sequence"
         if len(edit.surgeon.outputs) != 1:
             return f"the graph has {len(edit.surgeon.outputs)} outputs; expected the logits alone"
@@ -46,12 +50,16 @@ class PackTokens(Pass):
         for old in surgeon.inputs:
             name, old.name = old.name, edit.name(f"{old.name}.row")
             packed = gs.Variable(name, _INT64, [TOKENS])
-            surgeon.nodes.append(gs.Node("Unsqueeze", edit.name(f"{name}/Unsqueeze"), inputs=[packed, axis], outputs=[old]))
+            surgeon.nodes.append(
+                gs.Node("Unsqueeze", edit.name(f"{name}/Unsqueeze"), inputs=[packed, axis], outputs=[old])
+            )
             inputs.append(packed)
         inputs.append(gs.Variable("query_start", _INT32, ["B+1"]))
         inputs.append(gs.Variable("kv_len", _INT32, ["B"]))
         inputs.append(gs.Variable("block_table", _INT32, ["B", "max_blocks"]))
         surgeon.inputs = inputs
         logits = surgeon.outputs[0]
-        flat = edit.add("Squeeze", "logits", [logits, axis], dtype=logits.dtype, shape=(logits.shape or [1, None, None])[1:])
+        flat = edit.add(
+            "Squeeze", "logits", [logits, axis], dtype=logits.dtype, shape=(logits.shape or [1, None, None])[1:]
+        )
         edit.replace(logits, flat)

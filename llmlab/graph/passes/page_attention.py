@@ -38,7 +38,12 @@ class PageAttention(Pass):
         if any(s is None or len(s) != 4 for s in shapes):
             return f"q, k, v have shapes {shapes}, expected [batch, heads, sequence, head_dim]"
         (_, heads, _, dim), (_, kv_heads, _, k_dim), (_, v_heads, _, v_dim) = shapes
-        if not all(isinstance(n, int) for n in (heads, kv_heads, dim)) or dim != k_dim or dim != v_dim or kv_heads != v_heads:
+        if (
+            not all(isinstance(n, int) for n in (heads, kv_heads, dim))
+            or dim != k_dim
+            or dim != v_dim
+            or kv_heads != v_heads
+        ):
             return f"q, k, v have shapes {shapes}; heads and one head_dim for all three must be known"
         if heads % kv_heads:
             return f"{heads} query heads don't divide into {kv_heads} KV heads"
@@ -83,7 +88,9 @@ class PageAttention(Pass):
         by_head = edit.add("Reshape", where, [out, target], dtype=dtype, shape=[TOKENS, match.heads, match.dim])
         axis = edit.constant("batch_axis", np.array([0], np.int64))
         split = edit.add("Unsqueeze", where, [by_head, axis], dtype=dtype, shape=[1, TOKENS, match.heads, match.dim])
-        back = edit.add("Transpose", where, [split], {"perm": [0, 2, 1, 3]}, dtype=dtype, shape=[1, match.heads, TOKENS, match.dim])
+        back = edit.add(
+            "Transpose", where, [split], {"perm": [0, 2, 1, 3]}, dtype=dtype, shape=[1, match.heads, TOKENS, match.dim]
+        )
         edit.replace(node.outputs[0], back)
 
 
@@ -99,7 +106,9 @@ def _shared_rope(node: gs.Node) -> gs.Node | None:
 def _rows(edit: Editor, where: str, tensor: gs.Tensor) -> gs.Variable:
     """[1, heads, T, dim] → [T, heads · dim]."""
     _, heads, tokens, dim = tensor.shape
-    by_token = edit.add("Transpose", where, [tensor], {"perm": [0, 2, 1, 3]}, dtype=tensor.dtype, shape=[1, tokens, heads, dim])
+    by_token = edit.add(
+        "Transpose", where, [tensor], {"perm": [0, 2, 1, 3]}, dtype=tensor.dtype, shape=[1, tokens, heads, dim]
+    )
     axis = edit.constant("batch_axis", np.array([0], np.int64))
     flat = edit.add("Squeeze", where, [by_token, axis], dtype=tensor.dtype, shape=[tokens, heads, dim])
     target = edit.constant(f"{where}/rows", np.array([0, heads * dim], np.int64))

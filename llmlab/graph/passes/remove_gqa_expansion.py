@@ -16,7 +16,11 @@ class RemoveGQAExpansion(Pass):
     def pattern(self, node: gs.Node) -> Match | None:
         if node.op != "Attention":
             return None
-        expanded = {i: reshape for i in (1, 2) if (reshape := producer(node.inputs[i], "Reshape")) and producer(reshape.inputs[0], "Expand")}
+        expanded = {
+            i: reshape
+            for i in (1, 2)
+            if (reshape := producer(node.inputs[i], "Reshape")) and producer(reshape.inputs[0], "Expand")
+        }
         return Match(node=node, expanded=expanded) if expanded else None
 
     def check(self, edit: Editor, match: Match) -> str | None:

@@ -21,7 +21,13 @@ class ShareCommon(Pass):
         for node in list(edit.surgeon.nodes):  # in topological order: inputs are shared before their readers are met
             if node.op.startswith("Random") or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
                 continue
-            key = (node.op, node.domain, len(node.outputs), *map(_attribute, sorted(node.attrs.items())), *map(_tensor, node.inputs))
+            key = (
+                node.op,
+                node.domain,
+                len(node.outputs),
+                *map(_attribute, sorted(node.attrs.items())),
+                *map(_tensor, node.inputs),
+            )
             if key in first:
                 yield Match(node=node, first=first[key])
             else:

@@ -35,7 +35,11 @@ def _passes_through(node: gs.Node) -> gs.Tensor | None:
     if node.op in ("Identity", "Dropout"):
         return source
     if node.op in ("Cast", "CastLike"):
-        return source if source.dtype is not None and out.dtype is not None and source.dtype == out.dtype and _kept(source, node) else None
+        return (
+            source
+            if source.dtype is not None and out.dtype is not None and source.dtype == out.dtype and _kept(source, node)
+            else None
+        )
     if node.op == "Slice":
         starts, ends, steps = ints(operand(node, 1)), ints(operand(node, 2)), ints(operand(node, 4))
         whole = starts is not None and ends is not None and not any(starts) and all(e >= _FAR for e in ends)
@@ -62,7 +66,9 @@ def _kept(source: gs.Tensor, node: gs.Node) -> bool:
     """Whether the declared types can be believed: a Cast says its own."""
     target = node.attrs.get("to")
     return target is None or (
-        source.dtype is not None and not isinstance(source.dtype, int) and target == onnx.helper.np_dtype_to_tensor_dtype(np.dtype(source.dtype))
+        source.dtype is not None
+        and not isinstance(source.dtype, int)
+        and target == onnx.helper.np_dtype_to_tensor_dtype(np.dtype(source.dtype))
     )
 
 
@@ -127,7 +133,12 @@ class MergeReshapes(Pass):
             return "its sizes are computed"
         source, between = match.before.inputs[0].shape, match.before.outputs[0].shape
         for i, dim in enumerate(target):
-            if dim == 0 and not (source is not None and between is not None and i < min(len(source), len(between)) and source[i] == between[i]):
+            if dim == 0 and not (
+                source is not None
+                and between is not None
+                and i < min(len(source), len(between))
+                and source[i] == between[i]
+            ):
                 return f"size {i} is copied from a shape that the first Reshape changes"
         return None
 

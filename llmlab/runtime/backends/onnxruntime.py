@@ -43,8 +43,6 @@ class OnnxRuntimeBackend:
         self._takes_positions = any(i.name == "position_ids" for i in self._session.get_inputs())
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
         self._logits = np.empty((0, self.limits.vocab_size), np.float32)
-        self._flops_bytes = _weight_bytes(engine)
-        self._row_bytes = 4 * sum(heads * dim for heads, dim in manifest.kv.layers)
 
     def execute(self, batch: StepBatch) -> NDArray[np.float32]:
         for copy in batch.copies:
@@ -68,7 +66,7 @@ class OnnxRuntimeBackend:
         lies_at = np.repeat((slots - low) * width - batch.query_start[:-1], new) + np.arange(len(batch.input_ids))
         unpack_index = np.zeros(rows * width, np.int64)
         unpack_index[lies_at] = np.arange(len(lies_at))
-        feeds = {
+        feeds: dict[str, NDArray] = {
             "input_ids": batch.input_ids,
             "logits_index": batch.logits_index,
             "unpack_index": unpack_index.reshape(rows, width),
@@ -93,7 +91,10 @@ class OnnxRuntimeBackend:
             for i, layer in enumerate(self._pool.layers):
                 for what, half in zip(("key", "value"), layer, strict=True):
                     part = half[low:high]
-                    for bind, name in ((binding.bind_input, f"past_{what}.{i}"), (binding.bind_output, f"present_{what}.{i}")):
+                    for bind, name in (
+                        (binding.bind_input, f"past_{what}.{i}"),
+                        (binding.bind_output, f"present_{what}.{i}"),
+                    ):
                         bind(name, "cpu", 0, np.float32, part.shape, part.ctypes.data)
             self._bindings[low, high] = binding
         return self._bindings[low, high]
@@ -115,7 +116,3 @@ def _session(engine: Engine, threads: int) -> ort.InferenceSession:
     except Exception as problem:  # ONNX Runtime raises types of its own, one a status
         reason = str(problem).strip().splitlines()[0]
         raise EngineError(f"{engine.path}: ONNX Runtime {ort.__version__} can't open it: {reason}") from problem
-
-
-def _weight_bytes(engine: Engine) -> int:
-    return int(engine.manifest.files["weights.bin"]["size"])
