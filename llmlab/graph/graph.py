@@ -13,6 +13,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from llmlab.config import ModelConfig
+from llmlab.graph.tables import History, NodeTable
 
 if TYPE_CHECKING:
     from llmlab.graph.rewrite import PassReport
@@ -47,7 +48,7 @@ class Graph:
         self.surgeon = surgeon
         self.config = config
         self.assets = dict(assets or {})
-        self.history: list[PassReport] = list(history)
+        self.history = History(history)
 
     @property
     def kind(self) -> str:
@@ -65,6 +66,11 @@ class Graph:
     def copy(self) -> Graph:
         """A graph that can be rewritten without touching this one; weights are shared."""
         return Graph(self.surgeon.copy(), self.config, self.assets, self.history)
+
+    def nodes(self, module: str = "") -> NodeTable:
+        """The nodes that `module` and what lies in it made, such as `model.layers.0`; without one, all of them."""
+        prefix = f"{module}." if module else ""
+        return NodeTable(n for n in self.surgeon.nodes if f"{n.name.partition('/')[0]}.".startswith(prefix))
 
     def op_counts(self) -> dict[str, int]:
         """Nodes by operator, most frequent first."""

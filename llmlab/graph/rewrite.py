@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import onnx_graphsurgeon as gs
 from llmlab.graph.diff import GraphDiff, diff, snapshot
 from llmlab.graph.edit import Editor
 from llmlab.graph.graph import Graph
+from llmlab.graph.tables import History
 
 
 class Match(SimpleNamespace):
@@ -42,7 +42,7 @@ class PassReport:
     nodes_before: int = 0
     nodes_after: int = 0
     seconds: float = 0.0
-    diff: GraphDiff = field(default_factory=GraphDiff)
+    diff: GraphDiff = field(default_factory=GraphDiff, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -72,24 +72,7 @@ class PassReport:
         return text + "".join(f"\n  not {m.node}: {m.reason}" for m in self.near_misses)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"text/plain": str(self), "text/html": history_html([self])}
-
-
-def history_html(history: list[PassReport]) -> str:
-    """The reports as one HTML table, with near-misses and the operators that came and went."""
-    rows = ""
-    for r in history:
-        ops = ", ".join(f"{op} {n:+d}" for op, n in r.diff.ops.items())
-        misses = "".join(
-            f"<br><small>not {html.escape(m.node)}: {html.escape(m.reason)}</small>" for m in r.near_misses
-        )
-        rows += (
-            f"<tr><td style='text-align:left'><b>{html.escape(r.name)}</b><br><small>{html.escape(r.summary)}</small>{misses}</td>"
-            f"<td>{r.rewrites} / {r.matches}</td><td>{r.nodes_before} → {r.nodes_after}</td>"
-            f"<td style='text-align:left'><small>{html.escape(ops)}</small></td><td>{r.seconds:.2f} s</td></tr>"
-        )
-    head = "<tr><th style='text-align:left'>pass</th><th>rewritten / found</th><th>nodes</th><th>operators</th><th>time</th></tr>"
-    return f"<table>{head}{rows}</table>"
+        return History([self])._repr_mimebundle_()
 
 
 class Pass:
