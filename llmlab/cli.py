@@ -40,11 +40,22 @@ class _Group(TyperGroup):
         except BrokenPipeError:
             raise  # the reader left, as with `| head`; typer ends quietly
         except (LlmlabError, OSError) as error:
+            if _interrupted(error):
+                raise typer.Exit(130) from None
             if os.environ.get("LLMLAB_DEBUG") == "1":
                 traceback.print_exc()
             message = " ".join(str(error).split()) or type(error).__name__
             print(f"llmlab: {message}", file=sys.stderr)
             raise typer.Exit(2) from error
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: the exporter's native code catches it and reports a failure of its own."""
+    while error is not None:
+        if "KeyboardInterrupt" in f"{type(error).__name__} {error}":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 app = typer.Typer(
@@ -61,7 +72,7 @@ app = typer.Typer(
 Source = Annotated[str, typer.Argument(help="Checkpoint folder, hub id (org/model), or the name `tinychat`.")]
 EngineFolder = Annotated[Path, typer.Argument(help="Engine folder that `llmlab build` wrote.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; there whole or not at all.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, for scripts.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="physical cores")]
@@ -91,7 +102,7 @@ def export(
     source: Source,
     output: Output,
     trust_remote_code: TrustRemoteCode = False,
-    overwrite: Overwrite = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to a plain ONNX graph.
@@ -103,9 +114,10 @@ def export(
     import llmlab as ll
     from llmlab import cli_show
 
+    cli_show.check_output(output, force=force)
     with cli_show.working(f"exporting {source}"):
         graph = ll.export(source, trust_remote_code=trust_remote_code)
-        graph.save(output, overwrite=overwrite)
+        graph.save(output, overwrite=force)
     cli_show.graph(graph, output, as_json=as_json)
 
 
@@ -113,7 +125,7 @@ def export(
 def optimize(
     graph_folder: Annotated[Path, typer.Argument(metavar="GRAPH", help="Graph folder that `llmlab export` wrote.")],
     output: Output,
-    overwrite: Overwrite = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Rewrite a plain graph into the serving graph (packed tokens, paged attention) and show what each pass did.
@@ -125,9 +137,10 @@ def optimize(
     import llmlab as ll
     from llmlab import cli_show
 
+    cli_show.check_output(output, force=force)
     with cli_show.working(f"optimizing {graph_folder}"):
         graph = ll.optimize(ll.Graph.load(graph_folder))
-        graph.save(output, overwrite=overwrite)
+        graph.save(output, overwrite=force)
     cli_show.graph(graph, output, as_json=as_json)
 
 
@@ -137,13 +150,14 @@ def build(
     output: Output,
     target: Annotated[str, typer.Option(help="What the engine runs on.")] = "onnxruntime",
     max_seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Longest sequence, prompt and answer.", show_default="the model's")
+        int | None,
+        typer.Option(min=1, help="Longest sequence, prompt and answer.", show_default="the model's, at most 8192"),
     ] = None,
     max_tokens_per_step: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens that one step works on.", show_default="the target's")
+        int | None, typer.Option(min=1, help="Most tokens that one step works on.", show_default="256")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
-    overwrite: Overwrite = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Build an engine: export, optimize and build in one go, or only what a graph folder still needs.
@@ -153,6 +167,7 @@ def build(
     import llmlab as ll
     from llmlab import cli_show
 
+    cli_show.check_output(output, force=force)
     with cli_show.working("opening the source") as now:
         graph = cli_show.open_graph(source)
         if graph is None:
@@ -168,7 +183,7 @@ def build(
             target=target,
             max_seq_len=max_seq_len,
             max_tokens_per_step=max_tokens_per_step,
-            overwrite=overwrite,
+            overwrite=force,
         )
     cli_show.engine(engine, as_json=as_json)
 

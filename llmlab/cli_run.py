@@ -42,7 +42,8 @@ def answer(llm: LLM, prompts: list[Prompt], params: SamplingParams, *, as_json: 
         assert isinstance(results, list)  # as prompts are one
         print(json.dumps([result.to_dict() for result in results], ensure_ascii=False, indent=2))
         return
-    out, notes = Console(highlight=False, markup=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    out = Console(highlight=False, markup=False, soft_wrap=True)
+    notes = Console(highlight=False, markup=False, soft_wrap=True, stderr=True)
     streams = [llm.stream(prompt, params) for prompt in prompts]
     begun = [[*itertools.islice(stream, 1)] for stream in streams]  # all are in flight from here on
     for number, (first, stream) in enumerate(zip(begun, streams, strict=True), start=1):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from llmlab.graph.graph import Graph
     from llmlab.runtime.engine import Engine
 
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
+
 
 @contextmanager
 def working(text: str) -> Iterator[Callable[[str], None]]:
@@ -27,6 +29,16 @@ def working(text: str) -> Iterator[Callable[[str], None]]:
     console = Console(stderr=True)
     with console.status(f"{escape(text)} …") as status:
         yield lambda new: status.update(f"{escape(new)} …")
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse an output that exists before the work is done rather than after it."""
+    if output.is_dir() and any(output.iterdir()) and not force:
+        raise InputError(
+            f"{output} is not empty: choose another folder, or replace what llmlab wrote there with --force"
+        )
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} exists and is not a folder: choose another name")
 
 
 def open_graph(source: str) -> Graph | None:
@@ -113,15 +125,26 @@ def checkpoint(found: Checkpoint, *, as_json: bool) -> None:
 
 def engine(found: Engine, *, as_json: bool) -> None:
     """Its manifest and the sizes of its files."""
-    manifest = found.manifest.to_dict()
+    manifest = found.manifest
     if as_json:
-        _print_json({"kind": "engine", "path": str(found.path), "manifest": manifest})
+        _print_json({"kind": "engine", "path": str(found.path), "manifest": manifest.to_dict()})
         return
+    config = manifest.config
+    sampling = {name: manifest.generation[name] for name in _SAMPLING if manifest.generation.get(name) is not None}
     console = Console()
-    files = manifest.pop("files", {})
-    console.print(_facts(f"Engine {found.path}", manifest))
-    table = Table("file", "bytes", title="Files")
-    for name, entry in files.items():
+    facts = {
+        "model": f"{config.model_type}, {config.num_layers} layers, vocabulary {config.vocab_size:,}",
+        "target": f"{manifest.target}, {manifest.precision}",
+        "limits": f"{manifest.limits.max_seq_len:,} tokens a sequence, {manifest.limits.max_tokens_per_step:,} a step",
+        "KV cache": f"{manifest.kv.layout}, {manifest.kv.dtype}, "
+        f"{sum(2 * heads * dim for heads, dim in manifest.kv.layers):,} numbers a token",
+        "end of sequence": manifest.eos_token_ids or "none",
+        "sampling": ", ".join(f"{name} {value}" for name, value in sampling.items()) or "greedy",
+        "passes": ", ".join(f"{name} {count}" for name, count in manifest.passes if count),
+    }
+    console.print(_facts(f"Engine {found.path}", facts))
+    table = Table("file", "bytes", title=f"{found.size / 1e6:.1f} MB in {len(manifest.files)} files")
+    for name, entry in manifest.files.items():
         table.add_row(escape(name), f"{entry['size']:,}")
     console.print(table)
 
@@ -129,9 +152,7 @@ def engine(found: Engine, *, as_json: bool) -> None:
 def _facts(title: str, facts: dict[str, Any]) -> Table:
     table = Table("", "", title=escape(title), show_header=False)
     for name, value in facts.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {item}" for key, item in value.items() if not isinstance(item, (dict, list)))
-        elif isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)):
             value = ", ".join(map(str, value))
         table.add_row(name.replace("_", " "), escape(f"{value:,}" if type(value) is int else str(value)))
     return table

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import llmlab
 from llmlab import cli, cli_bench, cli_run
 from llmlab.errors import EngineError, InputError
+from llmlab.graph.graph import Graph
 
 sys.path.insert(0, str(Path(__file__).parent / "runtime"))
-from toy_engine import ToyEngine, ToyManifest, greedy, write_tokenizer
+from toy_engine import ToyEngine, ToyManifest, greedy, vocab_size, write_tokenizer
 
 from llmlab.runtime.tokenizer import Tokenizer
 
@@ -150,6 +152,19 @@ def test_ctrl_c_is_exit_code_130(engine: ToyEngine, monkeypatch: pytest.MonkeyPa
     assert result.exit_code == 130 and "Traceback" not in result.output
 
 
+def test_ctrl_c_inside_the_exporters_native_code_is_exit_code_130(
+    engine: ToyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        try:
+            raise RuntimeError('failed to unpack with error "KeyboardInterrupt: <EMPTY MESSAGE>"')
+        except RuntimeError as problem:
+            raise EngineError("can't export") from problem
+
+    monkeypatch.setattr(cli_run, "answer", fail)
+    assert runner.invoke(cli.app, ["run", "toy", "x"]).exit_code == 130
+
+
 # chat
 
 
@@ -244,6 +259,108 @@ def test_bench_counts_what_it_says(engine: ToyEngine) -> None:
 def test_bad_batch_sizes(bad: str) -> None:
     with pytest.raises(InputError, match="positive integers"):
         cli_bench.batch_sizes(bad)
+
+
+# The whole road, with a real checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_tokenizer(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=vocab_size(), eos_token_id=0, bos_token_id=None, **sizes, **heads)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine that the command line built in three steps."""
+    folder = tmp_path_factory.mktemp("road")
+    for arguments in (
+        ["export", str(checkpoint), "-o", str(folder / "plain")],
+        ["optimize", str(folder / "plain"), "-o", str(folder / "serving")],
+        ["build", str(folder / "serving"), "-o", str(folder / "engine")],
+    ):
+        result = runner.invoke(cli.app, arguments)
+        assert result.exit_code == 0 and result.stderr == "", result.output
+    return folder
+
+
+def test_an_engine_answers_as_transformers_does(built: Path, checkpoint: Path) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    engine = str(built / "engine")
+    result = runner.invoke(cli.app, ["run", engine, "the cat sat", "count", "--raw", "--json", "--max-tokens", "16"])
+    assert result.exit_code == 0, result.output
+    model = transformers.LlamaForCausalLM.from_pretrained(checkpoint).eval()
+    for answer in json.loads(result.stdout):
+        ids = torch.tensor([answer["prompt_token_ids"]])
+        whole = model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0, attention_mask=ids * 0 + 1)
+        assert answer["completions"][0]["token_ids"] == whole[0, ids.shape[1] :].tolist()
+
+
+def test_build_does_all_three_steps_in_one_go(
+    built: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exported(source: str, *, trust_remote_code: bool) -> Graph:  # exporting again would take most of the time
+        assert source == str(checkpoint) and not trust_remote_code
+        return Graph.load(built / "plain")
+
+    monkeypatch.setattr(llmlab, "export", exported)
+    result = runner.invoke(cli.app, ["build", str(checkpoint), "-o", str(tmp_path / "engine"), "--max-seq-len", "64"])
+    assert result.exit_code == 0 and "llama, 2 layers" in result.stdout, result.output
+    manifest = json.loads((tmp_path / "engine" / "manifest.json").read_text())
+    assert manifest["limits"]["max_seq_len"] == 64
+    same = (tmp_path / "engine" / "weights.bin").read_bytes() == (built / "engine" / "weights.bin").read_bytes()
+    assert same, "one go and three steps give the same weights"
+
+
+def test_inspect_shows_what_is_there(built: Path, checkpoint: Path) -> None:
+    for path, kind, shown in (
+        (checkpoint, "checkpoint", "lm_head.weight"),
+        (built / "plain", "graph", "plain graph of a llama model"),
+        (built / "serving", "graph", "PagedAttention"),
+        (built / "engine", "engine", "weights.bin"),
+    ):
+        table = runner.invoke(cli.app, ["inspect", str(path)])
+        assert table.exit_code == 0 and shown in table.stdout, table.output
+        data = json.loads(runner.invoke(cli.app, ["inspect", str(path), "--json"]).stdout)
+        assert data["kind"] == kind and data["path"] == str(path)
+    assert "merge_products" in runner.invoke(cli.app, ["inspect", str(built / "serving")]).stdout
+
+
+def test_chat_and_bench_run_on_a_real_engine(built: Path) -> None:
+    engine = str(built / "engine")
+    chat = runner.invoke(cli.app, ["chat", engine, "--max-tokens", "8"], input="count to nine\nthe cat\n/stats\n")
+    assert chat.exit_code == 0, chat.output
+    cached = int(chat.stdout.split(" prompt tokens came from the prefix cache")[0].split()[-1])
+    assert cached > 10, "the second turn computes the first one again"
+    arguments = ["bench", engine, "--batch", "2", "--prompt-len", "16", "--output-len", "8", "--repeat", "1"]
+    assert "prefill" in runner.invoke(cli.app, arguments).stdout
+
+
+def test_an_output_that_exists_is_kept(built: Path, checkpoint: Path) -> None:
+    before = (built / "engine" / "manifest.json").read_bytes()
+    refused = runner.invoke(cli.app, ["build", str(checkpoint), "-o", str(built / "engine")])
+    assert refused.exit_code == 2 and "--force" in refused.stderr
+    assert (built / "engine" / "manifest.json").read_bytes() == before
+    assert runner.invoke(cli.app, ["build", str(built / "engine"), "-o", "x"]).exit_code == 2, "an engine is no source"
+    forced = runner.invoke(cli.app, ["build", str(built / "serving"), "-o", str(built / "engine"), "--force"])
+    assert forced.exit_code == 0
+
+
+def test_ctrl_c_leaves_nothing_half_written(checkpoint: Path, tmp_path: Path) -> None:
+    command = [*LLMLAB, "build", str(checkpoint), "-o", str(tmp_path / "out" / "engine")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 # As a program

@@ -87,7 +87,7 @@ class AsyncLLM:
         engine: LoadedEngine | str | Path,
         *,
         threads: int | None = None,
-        max_num_seqs: int = 32,
+        max_num_seqs: int | None = None,
         max_tokens_per_step: int | None = None,
         prefix_cache: bool = False,
     ) -> None:

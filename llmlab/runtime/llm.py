@@ -20,8 +20,21 @@ if TYPE_CHECKING:
     from llmlab.runtime.params import SamplingParams
 
 
+DEFAULT_NUM_SEQS = 32
+
+
+class EngineLengths(Protocol):
+    """What LLM reads of an engine's limits."""
+
+    @property
+    def max_tokens_per_step(self) -> int: ...
+
+
 class EngineManifest(Protocol):
     """What LLM reads of an engine's manifest."""
+
+    @property
+    def limits(self) -> EngineLengths: ...
 
     @property
     def eos_token_ids(self) -> Sequence[int]: ...
@@ -66,7 +79,7 @@ class LLM:
 
     engine: an Engine, or the path of an engine folder
     threads: of the CPU engine; None takes the number of physical cores
-    max_num_seqs: most sequences in flight; more wait their turn
+    max_num_seqs: most sequences in flight; more wait their turn. None: 32, or what a step of this engine holds
     max_tokens_per_step: most tokens that a step works on, which bounds how long a prompt can hold up others; None
         takes the engine's limit
     prefix_cache: keep the keys and values of ended sequences and reuse them for prompts that begin alike
@@ -81,7 +94,7 @@ class LLM:
         engine: LoadedEngine | str | Path,
         *,
         threads: int | None = None,
-        max_num_seqs: int = 32,
+        max_num_seqs: int | None = None,
         max_tokens_per_step: int | None = None,
         prefix_cache: bool = False,
     ) -> None:
@@ -218,17 +231,19 @@ def open_engine(
     engine: LoadedEngine | str | Path,
     *,
     threads: int | None,
-    max_num_seqs: int,
+    max_num_seqs: int | None,
     max_tokens_per_step: int | None,
     prefix_cache: bool,
 ) -> tuple[Backend, Frontend]:
     """An engine's backend with a core and a front-end over it."""
-    if isinstance(max_num_seqs, bool) or not isinstance(max_num_seqs, int) or max_num_seqs < 1:
-        raise InputError(f"max_num_seqs is {max_num_seqs!r}, expected an integer of at least 1")
     if isinstance(engine, (str, Path)):
         from llmlab.runtime.engine import Engine
 
         engine = Engine.load(engine)
+    if max_num_seqs is None:
+        max_num_seqs = min(DEFAULT_NUM_SEQS, engine.manifest.limits.max_tokens_per_step)
+    if isinstance(max_num_seqs, bool) or not isinstance(max_num_seqs, int) or max_num_seqs < 1:
+        raise InputError(f"max_num_seqs is {max_num_seqs!r}, expected an integer of at least 1")
     tokenizer = Tokenizer(engine.path) if (engine.path / "tokenizer.json").is_file() else None
     eos_token_ids = tuple(engine.manifest.eos_token_ids)
     backend = engine.backend(threads=threads, max_num_seqs=max_num_seqs)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_engine import ToyEngine, ToyManifest, greedy, vocab_size, write_tokenizer
+from toy_engine import ToyEngine, ToyLimits, ToyManifest, greedy, vocab_size, write_tokenizer
 
 from llmlab.errors import EngineError, InputError
 from llmlab.runtime.llm import LLM
@@ -231,6 +231,13 @@ def test_an_engine_without_a_tokenizer_takes_ids(engine: ToyEngine, tmp_path: Pa
 def test_max_num_seqs_is_checked(engine: ToyEngine, bad) -> None:
     with pytest.raises(InputError, match="max_num_seqs"):
         LLM(engine, max_num_seqs=bad)
+
+
+def test_by_default_a_step_holds_every_sequence(engine: ToyEngine) -> None:
+    engine.manifest = ToyManifest(limits=ToyLimits(max_tokens_per_step=3))
+    assert [len(r.token_ids) for r in LLM(engine).generate(PROMPTS, params(4))] == [4] * 4
+    with pytest.raises(InputError, match="max_tokens_per_step"):
+        LLM(engine, max_num_seqs=4)
 
 
 def test_threads_reach_the_backend(engine: ToyEngine) -> None:

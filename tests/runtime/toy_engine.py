@@ -43,10 +43,16 @@ def write_tokenizer(folder: Path) -> None:
 
 
 @dataclass
+class ToyLimits:
+    max_tokens_per_step: int = 64
+
+
+@dataclass
 class ToyManifest:
     eos_token_ids: tuple[int, ...] = (0,)
     generation: dict[str, Any] = field(default_factory=dict)
     max_seq_len: int = 96
+    limits: ToyLimits = field(default_factory=ToyLimits)
 
 
 @dataclass
@@ -61,6 +67,7 @@ class ToyEngine:
     def backend(self, *, threads: int | None = None, max_num_seqs: int) -> ToyBackend:
         self.threads = threads
         sizes = {"vocab_size": vocab_size(), "max_seq_len": self.manifest.max_seq_len, "num_blocks": 256}
+        sizes["max_tokens_per_step"] = self.manifest.limits.max_tokens_per_step
         self.made = ToyBackend(**{**sizes, **self.options})
         return self.made
 
