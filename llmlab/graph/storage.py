@@ -66,6 +66,8 @@ def write_onnx(graph: gs.Graph, folder: Path, model: str = MODEL, weights: str =
     with (folder / weights).open("wb") as file, _swapped(constants(graph)) as swap:
         for constant in constants(graph):
             if constant._values.nbytes < _INLINE:
+                if isinstance(constant._values, DeferredValues):
+                    swap(constant, array(constant))
                 continue
             file.write(b"\0" * (-file.tell() % _ALIGN))
             values = np.ascontiguousarray(array(constant))
@@ -81,7 +83,7 @@ def _swapped(tensors: list[gs.Constant]) -> Iterator:
     """Let constants stand for something else while the protobuf is made, then give them their values back."""
     kept = [(t, t._values) for t in tensors]
 
-    def swap(tensor: gs.Constant, values: LazyValues) -> None:
+    def swap(tensor: gs.Constant, values: LazyValues | np.ndarray) -> None:
         tensor._values = values
 
     try:
