@@ -1,0 +1,75 @@
+"""Fixtures that several folders share. What is slow to make (a checkpoint, its graphs, its engine) is made once per
+session, also when several workers run it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+
+class Store:
+    """Checkpoints, graphs and engines of the models in `tiny.MODELS`, by name, made when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._models: dict[str, Any] = {}
+        self._graphs: dict[Path, Any] = {}
+
+    def once(self, name: str, make: Callable[[Path], object]) -> Path:
+        """The path `name`, made by `make` unless this or another worker has done so."""
+        path = self.folder / name
+        with (self.folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                make(path)
+        return path
+
+    def checkpoint(self, name: str) -> Path:
+        return self.once(f"{name}.checkpoint", lambda path: tiny.write_checkpoint(path, tiny.MODELS[name]))
+
+    def plain(self, name: str) -> Any:
+        from llmlab.graph.export import export
+
+        source = self.checkpoint(name)
+        return self._graph(self.once(f"{name}.plain", lambda path: export(source).save(path)))
+
+    def serving(self, name: str) -> Any:
+        from llmlab.graph.optimize import optimize
+
+        return self._graph(self.once(f"{name}.serving", lambda path: optimize(self.plain(name)).save(path)))
+
+    def engine(self, name: str) -> Path:
+        """An engine folder; tests that alter it work on a copy."""
+        from llmlab.build import build
+
+        return self.once(f"{name}.engine", lambda path: build(self.serving(name), path, max_tokens_per_step=32))
+
+    def _graph(self, path: Path) -> Any:
+        """The graph in `path`, to be read; tests that rewrite it work on a copy."""
+        from llmlab.graph.graph import Graph
+
+        if path not in self._graphs:
+            self._graphs[path] = Graph.load(path)
+        return self._graphs[path]
+
+    def model(self, name: str) -> Any:
+        """The transformers model of the checkpoint: the oracle."""
+        if name not in self._models:
+            from transformers import AutoModelForCausalLM
+
+            self._models[name] = AutoModelForCausalLM.from_pretrained(self.checkpoint(name)).eval()
+        return self._models[name]
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny-models"
+    folder.mkdir(exist_ok=True)
+    return Store(folder)
