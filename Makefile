@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Tests run in two processes; torch and BLAS would otherwise start a thread per core in each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test-all check format notebooks clean
+.PHONY: help demo lab check test test-all format notebooks clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -12,17 +14,21 @@ help:  ## show this list
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else f"llmlab needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing llmlab into $(VENV) (once)"
+	@echo "installing llmlab, with torch for the export, into $(VENV) (once; a minute or more)"
 	@$(PIP) -e ".[export]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "installing what the tests need into $(VENV) (once)"
-	@$(PIP) -e ".[export,notebook,dev]"
+	@$(PIP) -e ".[export,dev]"
 	@touch $@
 
 demo: $(VENV)/.demo  ## checkpoint -> graph -> engine -> answers, with the model that ships
 	@$(BIN)/python -m llmlab.demo
+
+lab: $(VENV)/.demo  ## open the notebooks in JupyterLab
+	@$(PIP) -e ".[export,notebook]"
+	@cd notebooks && ../$(BIN)/jupyter-lab
 
 check: $(VENV)/.dev  ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -30,14 +36,18 @@ check: $(VENV)/.dev  ## ruff and mypy
 	@$(BIN)/mypy
 
 test: check  ## what CI runs: lint, types, tests, notebooks
-	@$(BIN)/python -m pytest -n 2
+	@$(PYTEST)
 
 test-all: check  ## everything, the slow and the exhaustive too (nightly)
-	@$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	@$(PYTEST) -m "slow or not slow"
 
 format: $(VENV)/.dev  ## format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+notebooks: $(VENV)/.dev  ## bring each notebook in line with its .py, run it and save what it shows
+	@$(BIN)/jupytext --sync notebooks/*.py
+	@$(BIN)/jupyter-execute --inplace --JupyterApp.log_level=WARN notebooks/*.ipynb
+
 clean:  ## remove .venv, caches and built engines
-	@rm -rf $(VENV) engines build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) engines notebooks/engines build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
