@@ -221,7 +221,7 @@ class Frontend:
         if isinstance(prompt, str):
             return prompt, self._need_tokenizer().encode(prompt)
         if _is_conversation(prompt):
-            return self._need_tokenizer().encode_chat(prompt, **variables)  # type: ignore[arg-type]
+            return self._need_tokenizer().encode_chat(prompt, variables)  # type: ignore[arg-type]
         return None, _token_ids(prompt)
 
     def _need_tokenizer(self) -> Tokenizer:

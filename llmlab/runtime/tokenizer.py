@@ -72,12 +72,14 @@ class Tokenizer:
         except Exception as error:  # lone surrogates arrive here as TypeError or UnicodeEncodeError
             raise InputError(f"the text can't be tokenized ({' '.join(str(error).split())[:200]})") from error
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[str, list[int]]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> tuple[str, list[int]]:
         """(prompt text, ids) of a conversation, ending where the assistant's answer begins.
 
         The template writes the special tokens itself, so none are added.
         """
-        text = self.chat_template.render(messages, **variables)
+        text = self.chat_template.render(messages, variables)
         return text, self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

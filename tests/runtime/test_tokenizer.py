@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from llmlab.errors import InputError, LlmlabError
-from llmlab.runtime import chat_template
+from llmlab.runtime import chat_template, template_sandbox
 from llmlab.runtime.chat_template import ChatTemplate
 from llmlab.runtime.detokenizer import StopStrings
 from llmlab.runtime.tokenizer import Tokenizer
@@ -243,7 +243,6 @@ def test_only_what_may_become_a_stop_string_is_held_back() -> None:
 
 # Chat templates
 
-# ruff: noqa: E501 (templates read best unbroken)
 QWEN_LIKE = """
 {%- if tools %}{{- '<|im_start|>system\\n' }}{%- for tool in tools %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}{%- endif %}
 {%- set ns = namespace(multi_step=true, last=messages|length - 1) %}
@@ -286,7 +285,7 @@ LLAMA_LIKE = """
 {{ {'a': [1, 2.5, none, true], 'é': '<&>'} | tojson }}{{ messages | map(attribute='role') | join(', ') }}
 {%- macro shout(x) %}{{ x | upper }}!{% endmacro %}{{ shout('ok') }}{{ "%s-%03d" % ('n', 7) }}{{ "{}:{:>4}".format('k', 1) }}
 {{- dict(a=1).items() | list }}{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ strftime_now('%Y') }}
-{{- 'a b c'.replace(' ', '_') }}{{ 'x' * 3 }}{{ (7 / 2) | round(1) }}{{ ['b', 'a'] | sort | join }}{{ 2 ** 10 }}
+{{- 'a b c'.replace(' ', '_') }}{{ 'x' * 3 }}{{ (7 / 2) | round(1) }}{{ ['b', 'a'] | sort | join }}{{ 2 ** 10 }}{{ 5000 * 5000 + 10 ** 9 }}{{ [1] * 3 + [-2] }}
 """
 CONVERSATIONS = [
     [{"role": "user", "content": "hi"}],
@@ -313,7 +312,7 @@ def test_rendering_equals_transformers(folder: Path, template: str, messages: li
     theirs = reference.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=True, **variables
     )
-    assert ours.render(messages, **variables) == theirs
+    assert ours.render(messages, variables) == theirs
 
 
 def test_the_template_can_refuse() -> None:
@@ -397,7 +396,7 @@ def test_python_is_out_of_sight(name: str) -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_end_in_an_error_soon(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.5)
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(LlmlabError) as caught:
         ChatTemplate(HOSTILE[name]).render([{"role": "user", "content": "x"}])
@@ -415,6 +414,18 @@ def test_objects_in_messages_are_not_handed_to_the_template() -> None:
     with pytest.raises(InputError):
         template.render([{"role": "user", "content": Trap()}])
     assert ChatTemplate("{{ messages[0].content }}").render([{"role": "user", "content": Trap()}]) == "<Trap>"
+
+
+def test_variables_can_be_anything_but_the_messages() -> None:
+    message = {"role": "user", "content": "x"}
+    template = ChatTemplate("{{ messages[0].content }}{{ add_generation_prompt }}{{ self }}{{ environment }}")
+    assert template.render([message], {"messages": 1, "add_generation_prompt": 0, "environment": 2}).startswith("x0")
+    loop: list = []
+    loop.append(loop)
+    with pytest.raises(InputError, match="64 levels"):
+        template.render([{**message, "parts": loop}])
+    with pytest.raises(InputError, match="64 levels"):
+        template.render([message], {"tools": loop})
 
 
 def test_template_size_is_limited(folder: Path, tmp_path: Path) -> None:
