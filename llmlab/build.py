@@ -9,9 +9,9 @@ from llmlab.errors import InputError
 from llmlab.files import atomic_folder
 from llmlab.graph.graph import Graph
 from llmlab.graph.storage import write_onnx
-from llmlab.runtime.engine import MANIFEST, MODEL, WEIGHTS, Engine, KVLayout, Limits, Manifest, slot_capacity
+from llmlab.runtime.engine import TARGETS, Engine
+from llmlab.runtime.manifest import MANIFEST, MODEL, WEIGHTS, KVLayout, Limits, Manifest, slot_capacity
 
-TARGETS = ("onnxruntime",)
 DEFAULT_MAX_SEQ_LEN = 8192  # tokens, where the model allows as many
 DEFAULT_MAX_TOKENS_PER_STEP = 256
 

@@ -17,7 +17,7 @@ from llmlab import zoo
 from llmlab.config import ModelConfig
 from llmlab.errors import EngineError, LlmlabError
 from llmlab.files import read_json
-from llmlab.runtime.engine import MANIFEST
+from llmlab.runtime.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from llmlab.runtime.outputs import Result

@@ -13,6 +13,10 @@ from llmlab.graph.graph import OPSET
 INT64 = np.dtype(np.int64)
 
 
+class CannotEvaluate(Exception):
+    """ONNX Runtime doesn't run the excerpt, in one line."""
+
+
 class PositionFunction:
     """Tensors that depend on `input_ids`' shape and `position_ids` alone, as one function that can be called.
 
@@ -40,12 +44,15 @@ class PositionFunction:
         return None
 
     def __call__(self, position_ids: NDArray[np.int64]) -> list[np.ndarray]:
-        """Evaluate at `position_ids` [batch, sequence]; `input_ids` are zeros of that shape."""
-        if self._session is None:
-            self._session = self._make_session()
+        """Evaluate at `position_ids` [batch, sequence]; `input_ids` are zeros of that shape. Raises CannotEvaluate."""
         feeds = {"position_ids": position_ids, "input_ids": np.zeros_like(position_ids)}
-        wanted = {i.name for i in self._session.get_inputs()}
-        results = self._session.run(None, {k: v for k, v in feeds.items() if k in wanted})
+        try:
+            if self._session is None:
+                self._session = self._make_session()
+            wanted = {i.name for i in self._session.get_inputs()}
+            results = self._session.run(None, {k: v for k, v in feeds.items() if k in wanted})
+        except Exception as problem:  # ONNX Runtime raises types of its own, one a status
+            raise CannotEvaluate(" ".join(str(problem).split())) from problem
         return [np.asarray(r) for r in results]
 
     def _make_session(self) -> ort.InferenceSession:

@@ -7,16 +7,22 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
 
+from llmlab.checkpoint import ASSETS
 from llmlab.config import ModelConfig
-from llmlab.graph.tables import History, NodeTable
+from llmlab.errors import GraphError
+from llmlab.files import atomic_folder, read_bytes, read_json, write_json
+from llmlab.graph.report import History, PassReport
+from llmlab.graph.storage import constants, read_onnx, write_onnx
+from llmlab.graph.tables import NodeTable
 
-if TYPE_CHECKING:
-    from llmlab.graph.rewrite import PassReport
+FORMAT = 1
+"""Version of the folder that `Graph.save` writes."""
+MANIFEST = "graph.json"
 
 LLMLAB_DOMAIN = "llmlab"
 OPSET = 23
@@ -87,16 +93,34 @@ class Graph:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the graph as a folder (graph.onnx, weights.bin, graph.json, tokenizer files), whole or not at all."""
-        from llmlab.graph.storage import save_graph
-
-        return save_graph(self, Path(path), overwrite=overwrite)
+        with atomic_folder(Path(path), overwrite=overwrite, marker=MANIFEST) as work:
+            write_onnx(self.surgeon, work)
+            for name, data in self.assets.items():
+                (work / name).write_bytes(data)
+            history = [report.to_dict() for report in self.history]
+            write_json(work / MANIFEST, {"format": FORMAT, "config": self.config.to_dict(), "history": history})
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Graph:
         """Open what `save` wrote. Weights are memory maps. Raises GraphError where the folder is damaged."""
-        from llmlab.graph.storage import load_graph
-
-        return load_graph(Path(path))
+        folder = Path(path).expanduser()
+        where = folder / MANIFEST
+        if not where.is_file():
+            raise GraphError(
+                f"{folder}: no {MANIFEST} there; expected a folder that Graph.save or `llmlab export` wrote"
+            )
+        manifest = read_json(where, GraphError)
+        version = manifest.get("format") if isinstance(manifest, dict) else None
+        if version != FORMAT:
+            raise GraphError(f"{folder}: graph format {version!r}, this llmlab reads {FORMAT}: export it again")
+        config = ModelConfig.from_hf(manifest.get("config", {}), where=str(where))
+        try:
+            history = [PassReport.from_dict(entry) for entry in manifest.get("history", ())]
+        except (TypeError, KeyError, AttributeError) as problem:
+            raise GraphError(f"{where}: its history is malformed: altered, export it again") from problem
+        assets = {n: read_bytes(folder / n, GraphError) for n in ASSETS if (folder / n).is_file()}
+        return cls(read_onnx(folder), config, assets, history)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -129,8 +153,3 @@ class Graph:
             f"<table><tr><th></th><th>tensor</th><th>type</th></tr>{ports}</table></div>"
         )
         return {"text/plain": repr(self), "text/html": page}
-
-
-def constants(graph: gs.Graph) -> list[gs.Constant]:
-    """Every constant that a node reads, a shared one once."""
-    return list({id(t): t for n in graph.nodes for t in n.inputs if isinstance(t, gs.Constant)}.values())

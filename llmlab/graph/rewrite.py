@@ -4,75 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.diff import GraphDiff, diff, snapshot
+from llmlab.graph.diff import diff, snapshot
 from llmlab.graph.edit import Editor
 from llmlab.graph.graph import Graph
-from llmlab.graph.tables import History
+from llmlab.graph.report import NearMiss, PassReport
 
 
 class Match(SimpleNamespace):
     """A place that a pattern found: `node`, the anchor that a report names, and whatever the pattern captured."""
 
     node: gs.Node
-
-
-@dataclass(frozen=True)
-class NearMiss:
-    """A place where the pattern was found but the rewrite did not apply, and why."""
-
-    node: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class PassReport:
-    """What one pass did to one graph."""
-
-    name: str
-    summary: str
-    matches: int
-    rewrites: int
-    near_misses: tuple[NearMiss, ...] = ()
-    nodes_before: int = 0
-    nodes_after: int = 0
-    seconds: float = 0.0
-    diff: GraphDiff = field(default_factory=GraphDiff, repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "summary": self.summary,
-            "matches": self.matches,
-            "rewrites": self.rewrites,
-            "near_misses": [{"node": m.node, "reason": m.reason} for m in self.near_misses],
-            "nodes_before": self.nodes_before,
-            "nodes_after": self.nodes_after,
-            "seconds": self.seconds,
-            "diff": self.diff.to_dict(),
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> PassReport:
-        return cls(
-            **{k: v for k, v in data.items() if k not in ("near_misses", "diff")},
-            near_misses=tuple(NearMiss(m["node"], m["reason"]) for m in data["near_misses"]),
-            diff=GraphDiff.from_dict(data["diff"]),
-        )
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.name}: {self.rewrites} of {self.matches} rewritten, {self.nodes_before} → {self.nodes_after} nodes"
-        )
-        return text + "".join(f"\n  not {m.node}: {m.reason}" for m in self.near_misses)
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return History([self])._repr_mimebundle_()
 
 
 class Pass:

@@ -13,15 +13,10 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from llmlab.checkpoint import ASSETS
-from llmlab.config import ModelConfig
 from llmlab.errors import GraphError
-from llmlab.files import atomic_folder, read_bytes, read_json, write_json
-from llmlab.graph.graph import Graph, constants
-from llmlab.graph.rewrite import PassReport
+from llmlab.files import read_bytes
 
-GRAPH_FORMAT = 1
-MODEL, WEIGHTS, MANIFEST = "graph.onnx", "weights.bin", "graph.json"
+MODEL, WEIGHTS = "graph.onnx", "weights.bin"
 _INLINE = 1024  # bytes; smaller constants stay in the protobuf
 _ALIGN = 4096  # bytes; so that a runtime can map each tensor
 _PROTO_LIMIT = 2 << 30
@@ -46,6 +41,11 @@ class External(LazyValues):
         self.tensor = TensorProto(data_type=onnx_dtype(dtype), dims=shape, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", location), ("offset", offset), ("length", length)):
             self.tensor.external_data.add(key=key, value=str(value))
+
+
+def constants(graph: gs.Graph) -> list[gs.Constant]:
+    """Every constant that a node reads, a shared one once."""
+    return list({id(t): t for n in graph.nodes for t in n.inputs if isinstance(t, gs.Constant)}.values())
 
 
 def onnx_dtype(dtype: np.dtype) -> int:
@@ -136,32 +136,3 @@ def _map(path: Path, tensor: TensorProto, data: Path, size: int) -> np.ndarray:
             f"{path}: '{tensor.name}' wants bytes {offset} to {offset + nbytes} of {data.name}, which has {size}: truncated or altered"
         )
     return np.memmap(data, dtype, "r", offset, tuple(tensor.dims))
-
-
-def save_graph(graph: Graph, path: Path, *, overwrite: bool) -> Path:
-    with atomic_folder(path, overwrite=overwrite, marker=MANIFEST) as work:
-        write_onnx(graph.surgeon, work)
-        for name, data in graph.assets.items():
-            (work / name).write_bytes(data)
-        write_json(
-            work / MANIFEST,
-            {
-                "format": GRAPH_FORMAT,
-                "config": graph.config.to_dict(),
-                "history": [report.to_dict() for report in graph.history],
-            },
-        )
-    return path
-
-
-def load_graph(path: Path) -> Graph:
-    if not (path / MANIFEST).is_file():
-        raise GraphError(f"{path}: no {MANIFEST} there; expected a folder that Graph.save or `llmlab export` wrote")
-    manifest = read_json(path / MANIFEST, GraphError)
-    if not isinstance(manifest, dict) or manifest.get("format") != GRAPH_FORMAT:
-        version = manifest.get("format") if isinstance(manifest, dict) else None
-        raise GraphError(f"{path}: graph format {version!r}, this llmlab reads {GRAPH_FORMAT}: export it again")
-    config = ModelConfig.from_hf(manifest.get("config", {}), where=str(path / MANIFEST))
-    history = [PassReport.from_dict(entry) for entry in manifest.get("history", ())]
-    assets = {n: read_bytes(path / n, GraphError) for n in ASSETS if (path / n).is_file()}
-    return Graph(read_onnx(path), config, assets, history)

@@ -8,8 +8,8 @@ import onnx_graphsurgeon as gs
 from llmlab.config import ModelConfig
 from llmlab.graph.diff import GraphDiff
 from llmlab.graph.graph import Graph
-from llmlab.graph.rewrite import NearMiss, PassReport
-from llmlab.graph.tables import History, NodeTable
+from llmlab.graph.report import History, NearMiss, PassReport
+from llmlab.graph.tables import NodeTable
 
 
 def graph() -> Graph:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import Editor, ints, operand, other, producer, scope
-from llmlab.graph.evaluate import PositionFunction
+from llmlab.graph.evaluate import CannotEvaluate, PositionFunction
 from llmlab.graph.rewrite import Match, Pass
 
 
@@ -65,15 +65,17 @@ class FuseRoPE(Pass):
         if (reason := function.dependence()) is not None:
             return f"cos or sin {reason}"
         length = edit.graph.config.max_position_embeddings
-        every = np.arange(length)[None]
-        cos, sin = function(every)
+        every, probe = np.arange(length)[None], np.random.default_rng(0).integers(0, length, (2, 5))
+        try:
+            (cos, sin), probed = function(every), function(probe)
+        except CannotEvaluate as problem:
+            return f"cos or sin can't be evaluated ({problem})"
         if cos.shape != (1, 1, length, width) or sin.shape != cos.shape:
             return f"cos has shape {list(cos.shape)} for {length} positions, expected [1, 1, {length}, {width}]"
         half = width // 2
         if not (np.array_equal(cos[..., :half], cos[..., half:]) and np.array_equal(sin[..., :half], sin[..., half:])):
             return "the two halves of cos or sin differ"
-        probe = np.random.default_rng(0).integers(0, length, (2, 5))
-        for table, seen in zip((cos, sin), function(probe), strict=True):
+        for table, seen in zip((cos, sin), probed, strict=True):
             if not np.array_equal(seen[:, 0], table[0, 0][probe]):
                 return "cos or sin depend on more than a token's own position, such as the sequence's length"
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -14,22 +14,17 @@ from llmlab.errors import EngineError, InputError
 from llmlab.machine import physical_cores
 from llmlab.runtime.backends.slots import SlotPool
 from llmlab.runtime.batch import EngineLimits, StepBatch
-
-if TYPE_CHECKING:
-    from llmlab.runtime.engine import Engine
-
-MODEL = "model.onnx"
+from llmlab.runtime.manifest import MODEL, Manifest
 
 
 class OnnxRuntimeBackend:
     """Implements `Backend` over KV slots. `run_seconds` adds up the time spent inside ONNX Runtime itself."""
 
-    def __init__(self, engine: Engine, *, threads: int | None, num_slots: int) -> None:
-        manifest = engine.manifest
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None, num_slots: int) -> None:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}, expected an integer of at least 1")
         self.threads = threads or physical_cores()
-        self._session = _session(engine, self.threads)
+        self._session = _session(folder / MODEL, self.threads)
         self._pool = SlotPool(manifest.kv.layers, num_slots, manifest.kv.capacity)
         vocab = self._session.get_outputs()[0].shape[1]
         self.limits = EngineLimits(
@@ -106,13 +101,13 @@ class OnnxRuntimeBackend:
         self._bindings.clear()
 
 
-def _session(engine: Engine, threads: int) -> ort.InferenceSession:
+def _session(model: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
-        return ort.InferenceSession(engine.path / MODEL, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as problem:  # ONNX Runtime raises types of its own, one a status
         reason = str(problem).strip().splitlines()[0]
-        raise EngineError(f"{engine.path}: ONNX Runtime {ort.__version__} can't open it: {reason}") from problem
+        raise EngineError(f"{model}: ONNX Runtime {ort.__version__} can't open it: {reason}") from problem

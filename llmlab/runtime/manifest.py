@@ -1,0 +1,121 @@
+"""What an engine folder's manifest.json says, and whether it can be believed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmlab.config import ModelConfig
+from llmlab.errors import CheckpointError, EngineError
+from llmlab.files import read_json, sha256, write_json
+
+ENGINE_FORMAT = 1
+MANIFEST, MODEL, WEIGHTS = "manifest.json", "model.onnx", "weights.bin"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Lengths in tokens that an engine was built for."""
+
+    max_seq_len: int
+    max_tokens_per_step: int
+
+
+def slot_capacity(limits: Limits) -> int:
+    """Tokens of a slot, rounded up so that its keys and values in any layer start and end at a memory page."""
+    return -(-(limits.max_seq_len + limits.max_tokens_per_step) // 1024) * 1024
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """How the KV cache lies: `slots` (one block a sequence), element type, and (kv_heads, head_dim) of each layer."""
+
+    layout: str
+    dtype: str
+    capacity: int
+    """Tokens a slot has room for: the longest sequence and the padding of one step behind it."""
+    layers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says."""
+
+    target: str
+    precision: str
+    model: Mapping[str, Any]
+    """The model's config.json."""
+    kv: KVLayout
+    limits: Limits
+    eos_token_ids: tuple[int, ...] = ()
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """The model's generation_config.json."""
+    passes: tuple[tuple[str, int], ...] = ()
+    """Passes that made the graph, in order, with the number of rewrites of each."""
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Size in bytes and sha256 of every other file."""
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.limits.max_seq_len
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig.from_hf(self.model, where=MANIFEST)
+
+    def to_dict(self) -> dict[str, Any]:
+        from llmlab import __version__
+
+        return {"format": ENGINE_FORMAT, "llmlab": __version__, **asdict(self)}
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json for the files that lie in `folder`."""
+        files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
+        write_json(folder / MANIFEST, self.to_dict() | {"files": files})
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and check `folder/manifest.json`. Raises EngineError."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise EngineError(f"{folder}: no {MANIFEST} there; expected an engine folder that llmlab built")
+        data = read_json(path, EngineError)
+        version = data.get("format") if isinstance(data, dict) else None
+        if version != ENGINE_FORMAT:
+            made = f", made by llmlab {data.get('llmlab')}" if isinstance(data, dict) and data.get("llmlab") else ""
+            raise EngineError(
+                f"{folder}: engine format {version!r}{made}, this llmlab reads {ENGINE_FORMAT}: build it again, or update llmlab"
+            )
+        try:
+            manifest = cls(
+                target=str(data["target"]),
+                precision=str(data["precision"]),
+                model=dict(data["model"]),
+                kv=KVLayout(
+                    data["kv"]["layout"],
+                    data["kv"]["dtype"],
+                    _count(data["kv"]["capacity"]),
+                    tuple((_count(h), _count(d)) for h, d in data["kv"]["layers"]),
+                ),
+                limits=Limits(_count(data["limits"]["max_seq_len"]), _count(data["limits"]["max_tokens_per_step"])),
+                eos_token_ids=tuple(_count(i, 0) for i in data["eos_token_ids"]),
+                generation=dict(data["generation"]),
+                passes=tuple((str(n), int(c)) for n, c in data["passes"]),
+                files={
+                    str(n): {"size": _count(f["size"], 0), "sha256": str(f["sha256"])} for n, f in data["files"].items()
+                },
+            )
+            _ = manifest.config
+        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as problem:
+            raise EngineError(
+                f"{path}: a field is missing or malformed ({problem}): altered, build the engine again"
+            ) from problem
+        return manifest
+
+
+def _count(value: Any, low: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 1 << 62:
+        raise ValueError(f"{value!r} is no size")
+    return value
