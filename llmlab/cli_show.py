@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmlab.graph.graph import Graph
     from llmlab.runtime.engine import Engine
 
-_SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
+_SAMPLING = ("temperature", "top_k", "top_p")
 
 
 @contextmanager
@@ -130,7 +130,11 @@ def engine(found: Engine, *, as_json: bool) -> None:
         _print_json({"kind": "engine", "path": str(found.path), "manifest": manifest.to_dict()})
         return
     config = manifest.config
-    sampling = {name: manifest.generation[name] for name in _SAMPLING if manifest.generation.get(name) is not None}
+    sampling = [
+        f"{name} {manifest.generation[name]}" for name in _SAMPLING if manifest.generation.get(name) is not None
+    ]
+    if not manifest.generation.get("do_sample"):
+        sampling = ["greedy"]
     console = Console()
     facts = {
         "model": f"{config.model_type}, {config.num_layers} layers, vocabulary {config.vocab_size:,}",
@@ -139,7 +143,7 @@ def engine(found: Engine, *, as_json: bool) -> None:
         "KV cache": f"{manifest.kv.layout}, {manifest.kv.dtype}, "
         f"{sum(2 * heads * dim for heads, dim in manifest.kv.layers):,} numbers a token",
         "end of sequence": manifest.eos_token_ids or "none",
-        "sampling": ", ".join(f"{name} {value}" for name, value in sampling.items()) or "greedy",
+        "sampling": ", ".join(sampling) or "temperature 1",
         "passes": ", ".join(f"{name} {count}" for name, count in manifest.passes if count),
     }
     console.print(_facts(f"Engine {found.path}", facts))
