@@ -72,8 +72,9 @@ def training_batch(tokenizer: Tokenizer, step: int, size: int, max_length: int, 
     for share, width in _SHAPES:
         if width >= max_length:
             continue
-        rows, here = max(1, int(size * share)), []
-        others = []
+        rows = max(1, int(size * share))
+        here: list[Encoded] = []
+        others: list[Encoded] = []
         for item in rest:
             fits = shorter < len(item[0]) <= width and len(here) < rows
             (here if fits else others).append(item)

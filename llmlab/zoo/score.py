@@ -76,7 +76,9 @@ def table(scores: Sequence[Score], title: str) -> Table:
     return drawn
 
 
-def torch_answerer(checkpoint: Path, device: str = "cpu", batch: int = 64, model: Any = None) -> Answerer:
+def torch_answerer(
+    checkpoint: Path, device: str = "cpu", batch: int = 16, model: Any = None, max_tokens: int = MAX_TOKENS
+) -> Answerer:
     """Greedy replies of a checkpoint run by transformers in fp32; `model` stands in for the checkpoint's own."""
     torch, transformers = require("torch", "export"), require("transformers", "export")
     if model is None:
@@ -93,7 +95,7 @@ def torch_answerer(checkpoint: Path, device: str = "cpu", batch: int = 64, model
             inputs = tokenizer([prompts[row] for row in rows], return_tensors="pt", padding=True).to(device)
             inputs.pop("token_type_ids", None)
             with torch.inference_mode():
-                ids = model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
+                ids = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
             texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
                 replies[row] = text
@@ -109,14 +111,16 @@ def engine_answerer(engine: Path) -> Answerer:
     def answer(chats: list[list[Message]]) -> list[str]:
         with ll.LLM(engine) as llm:
             results = llm.chat(chats, ll.SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS))
-        return [result.text for result in results]
+        return [result.text for result in (results if isinstance(results, list) else [results])]
 
     return answer
 
 
 def _answerer(engine: str | None, checkpoint: Path, device: str, work: Path) -> tuple[Answerer, str]:
     if engine == "torch":
-        return torch_answerer(checkpoint, device), f"{checkpoint.name}, transformers, fp32"
+        return torch_answerer(
+            checkpoint, device, batch=16 if device == "cpu" else 256
+        ), f"{checkpoint.name}, transformers, fp32"
     if engine is not None:
         return engine_answerer(Path(engine)), f"{engine}, llmlab"
     import llmlab as ll

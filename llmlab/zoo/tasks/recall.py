@@ -27,7 +27,6 @@ _FILLER = (
     "The rest is not important.",
     "We talked about the holidays.",
 )
-UNKNOWN = "I don't know."
 
 
 def _code(rng: random.Random) -> str:
@@ -83,20 +82,17 @@ def _facts(rng: random.Random, table: bool, length: int) -> list[Fact]:
 
 
 def draw(rng: random.Random) -> tuple[list[str], str]:
-    """Notes or a table of keys, a question, and the value it asks for; one in twenty asks for what isn't there."""
+    """Notes or a table of keys, then a question, and the value it asks for."""
     table = rng.random() < 0.35
     # as many short lists as long ones on a logarithmic scale, plus a share of really long ones
     length = int(80 * (MAX_CHARACTERS / 80) ** (rng.random() if rng.random() < 0.7 else rng.uniform(0.85, 1)))
     length = min(length, int(MAX_CHARACTERS * 0.7)) if table else length  # keys and digits take more tokens
     facts = _facts(rng, table, length)
-    asked = facts.pop(rng.randrange(len(facts))) if rng.random() < 0.05 else None
     lines = [fact[0] for fact in facts]
     if not table and rng.random() < 0.4:
         for _ in range(max(1, len(lines) // 8)):
             lines.insert(rng.randrange(len(lines) + 1), rng.choice(_FILLER))
-    question, answer = (asked[1], UNKNOWN) if asked else rng.choice(facts)[1:]
+    question, answer = rng.choice(facts)[1:]
     body = ("\n" if table else rng.choice(("\n", " ", " "))).join(lines)
     intro, outro = rng.choice(_INTRO), rng.choice(_OUTRO)
-    if rng.random() < 0.2 and intro:  # question first: the model must keep it in mind
-        return [f"{question} {intro}\n{body}"], answer
     return ["\n".join(part for part in (intro, body, f"{outro} {question}".strip()) if part)], answer
