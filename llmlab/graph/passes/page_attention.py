@@ -48,7 +48,7 @@ class PageAttention(Pass):
         if heads % kv_heads:
             return f"{heads} query heads don't divide into {kv_heads} KV heads"
         match.heads, match.kv_heads, match.dim = heads, kv_heads, dim
-        match.rope = _shared_rope(node)
+        match.rope = _shared_rope(node, dim)
         return None
 
     def rewrite(self, edit: Editor, match: Match) -> None:
@@ -94,13 +94,18 @@ class PageAttention(Pass):
         edit.replace(node.outputs[0], back)
 
 
-def _shared_rope(node: gs.Node) -> gs.Node | None:
-    """The RoPE that q and k share, if the plugin node can do it: same tables, same layout, the graph's positions."""
+def _shared_rope(node: gs.Node, dim: int) -> gs.Node | None:
+    """The RoPE that q and k share, if the plugin node can do it: one table, the whole head, the step's own positions."""
     of_q, of_k = (producer(t, "RotaryEmbedding") for t in node.inputs[:2])
-    if of_q is None or of_k is None or of_q.attrs != of_k.attrs:
+    if of_q is None or of_k is None or of_q.attrs != of_k.attrs or len(of_q.inputs) != 4 or len(of_k.inputs) != 4:
         return None
-    same = all(a is b for a, b in zip(of_q.inputs[1:], of_k.inputs[1:], strict=True))
-    return of_q if same and not of_q.attrs.get("num_heads") else None
+    if not all(a is b for a, b in zip(of_q.inputs[1:], of_k.inputs[1:], strict=True)):
+        return None
+    tables = [t for t in of_q.inputs[1:3] if isinstance(t, gs.Constant) and list(t.shape)[1:] == [dim // 2]]
+    row = producer(of_q.inputs[3], "Unsqueeze")
+    own = row is not None and row.inputs[0].name == "position_ids" and not row.inputs[0].inputs
+    partial = of_q.attrs.get("num_heads") or of_q.attrs.get("rotary_embedding_dim")
+    return of_q if len(tables) == 2 and own and not partial else None
 
 
 def _rows(edit: Editor, where: str, tensor: gs.Tensor) -> gs.Variable:
