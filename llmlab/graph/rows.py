@@ -10,6 +10,7 @@ from llmlab.graph.passes.drop_batch_axis import ELEMENTWISE
 from llmlab.graph.passes.pack_tokens import TOKENS
 
 _ALONG = {"Softmax": -1, "LogSoftmax": -1, "RMSNormalization": -1, "LayerNormalization": -1, "Concat": None, "Split": 0}
+_NORMS = frozenset(("RMSNormalization", "LayerNormalization"))
 _REDUCE = frozenset(
     (
         "ReduceMean",
@@ -71,6 +72,8 @@ def mixes_tokens(node: gs.Node) -> str | None:
     if node.op in _ALONG:
         along = node.attrs.get("axis", _ALONG[node.op])
         along = None if along is None else along % rank
+        if node.op in _NORMS and along is not None and along < out_axis:
+            return "it works along the token axis"  # it takes all axes from there on
         return (
             None
             if along is not None and along != out_axis and all(a in (None, out_axis) for a in axes)
