@@ -44,7 +44,11 @@ def test_a_weight_behind_a_cast_is_taken() -> None:
         ("n = Mul(x, i)", "z = Neg(x) n = Mul(z, i)", "mean + ε is not used as x · reciprocal(sqrt(·))"),
         ("y = Mul(w, n)", "y = Add(w, n)", "no constant weight of shape [8] multiplies the result"),
         ("y = Mul(w, n)", "y = Mul(x, n)", "no constant weight of shape [8] multiplies the result"),
-        ("n = Mul(x, i)", "n0 = Mul(x, i) q = Neg(i) n = Mul(n0, q)", "mean + ε is not used as x · reciprocal(sqrt(·))"),
+        (
+            "n = Mul(x, i)",
+            "n0 = Mul(x, i) q = Neg(i) n = Mul(n0, q)",
+            "mean + ε is not used as x · reciprocal(sqrt(·))",
+        ),
     ],
 )
 def test_anything_else_is_refused(old: str, new: str, reason: str) -> None:
