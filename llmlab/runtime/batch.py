@@ -52,7 +52,7 @@ class StepBatch:
     block_table: NDArray[np.int32]
     """[B, max_blocks]; the KV blocks of sequence b in order, unused entries are -1"""
     logits_index: NDArray[np.int64]
-    """[N]; rows whose next-token logits are wanted; may be empty"""
+    """[N]; rows whose next-token logits are wanted, ascending; may be empty"""
     copies: Sequence[BlockCopy] = ()
     """done before the step"""
 

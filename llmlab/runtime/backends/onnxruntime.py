@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +13,13 @@ from numpy.typing import NDArray
 
 from llmlab.errors import EngineError, InputError
 from llmlab.machine import physical_cores
+from llmlab.runtime.backends.partition import CostModel
 from llmlab.runtime.backends.slots import SlotPool
 from llmlab.runtime.batch import EngineLimits, StepBatch
-from llmlab.runtime.manifest import MODEL, Manifest
+from llmlab.runtime.manifest import MODEL, WEIGHTS, Manifest
+
+_MOST_BINDINGS = 128
+"""Ranges of slots whose bindings are kept, the latest used."""
 
 
 class OnnxRuntimeBackend:
@@ -35,9 +40,18 @@ class OnnxRuntimeBackend:
             block_size=manifest.limits.max_seq_len,
         )
         self.run_seconds = 0.0
+        self._cost = CostModel(
+            weights=int(manifest.files[WEIGHTS]["size"]),
+            row=8 * sum(heads * dim for heads, dim in manifest.kv.layers) * (1 + self._group(manifest)),
+        )
         self._takes_positions = any(i.name == "position_ids" for i in self._session.get_inputs())
-        self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._bindings: OrderedDict[tuple[int, int], ort.IOBinding] = OrderedDict()
         self._logits = np.empty((0, self.limits.vocab_size), np.float32)
+
+    @staticmethod
+    def _group(manifest: Manifest) -> int:
+        """Query heads to a KV head."""
+        return max(1, manifest.config.num_heads // manifest.kv.layers[0][0])
 
     def execute(self, batch: StepBatch) -> NDArray[np.float32]:
         for copy in batch.copies:
@@ -45,43 +59,52 @@ class OnnxRuntimeBackend:
         wanted = len(batch.logits_index)
         if len(self._logits) < wanted:
             self._logits = np.empty((wanted, self.limits.vocab_size), np.float32)
-        self._run(batch, self._logits[:wanted])
+        slots = batch.block_table[:, 0]
+        for start, end in self._cost.parts(np.diff(batch.query_start), slots):
+            self._run(batch, slots, start, end)
         return self._logits[:wanted]
 
-    def _run(self, batch: StepBatch, logits: NDArray[np.float32]) -> None:
-        slots = batch.block_table[:, 0]
-        new = np.diff(batch.query_start)
+    def _run(self, batch: StepBatch, slots: NDArray[np.int32], start: int, end: int) -> None:
+        """Run sequences [start, end) of the batch and put their logits in their places."""
+        tokens = slice(batch.query_start[start], batch.query_start[end])
+        starts, slots = batch.query_start[start : end + 1] - tokens.start, slots[start:end]
+        new = np.diff(starts)
         low, high = int(slots.min()), int(slots.max()) + 1
-        low = 0 if len(slots) > 1 else low
         rows, width = high - low, int(new.max())
         query_seqlens = np.zeros(rows, np.int32)
         query_seqlens[slots - low] = new
         seqlens_k = np.zeros(rows, np.int32)
-        seqlens_k[slots - low] = batch.kv_len - 1
-        lies_at = np.repeat((slots - low) * width - batch.query_start[:-1], new) + np.arange(len(batch.input_ids))
+        seqlens_k[slots - low] = batch.kv_len[start:end] - 1
+        lies_at = np.repeat((slots - low) * width - starts[:-1], new) + np.arange(starts[-1])
         unpack_index = np.zeros(rows * width, np.int64)
         unpack_index[lies_at] = np.arange(len(lies_at))
+        wanted = slice(*np.searchsorted(batch.logits_index, (tokens.start, tokens.stop)))
         feeds: dict[str, NDArray] = {
-            "input_ids": batch.input_ids,
-            "logits_index": batch.logits_index,
+            "input_ids": batch.input_ids[tokens],
+            "logits_index": batch.logits_index[wanted] - tokens.start,
             "unpack_index": unpack_index.reshape(rows, width),
             "pack_index": lies_at.astype(np.int64),
             "seqlens_k": seqlens_k,
             "query_seqlens": query_seqlens,
         }
         if self._takes_positions:
-            feeds["position_ids"] = batch.position_ids
+            feeds["position_ids"] = batch.position_ids[tokens]
+        logits = self._logits[wanted]
         binding = self._binding(low, high)
         for name, array in feeds.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        start = time.perf_counter()
+        began = time.perf_counter()
         self._session.run_with_iobinding(binding)
-        self.run_seconds += time.perf_counter() - start
+        self.run_seconds += time.perf_counter() - began
 
     def _binding(self, low: int, high: int) -> ort.IOBinding:
         """The binding of slots [low, high): pasts and presents are the same memory, so the update is in place."""
-        if (low, high) not in self._bindings:
+        if (low, high) in self._bindings:
+            self._bindings.move_to_end((low, high))
+        else:
+            if len(self._bindings) >= _MOST_BINDINGS:
+                self._bindings.popitem(last=False)
             binding = self._session.io_binding()
             for i, layer in enumerate(self._pool.layers):
                 for what, half in zip(("key", "value"), layer, strict=True):
