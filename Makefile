@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Tests run in two processes; torch and BLAS would otherwise start a thread per core in each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks tests
 
 .PHONY: help demo lab check test test-all format notebooks clean
 
@@ -46,8 +46,8 @@ format: $(VENV)/.dev  ## format the code
 	@$(BIN)/ruff format .
 
 notebooks: $(VENV)/.dev  ## bring each notebook in line with its .py, run it and save what it shows
-	@$(BIN)/jupytext --sync notebooks/*.py
-	@$(BIN)/jupyter-execute --inplace --JupyterApp.log_level=WARN notebooks/*.ipynb
+	@$(BIN)/jupytext --quiet --sync notebooks/[0-9]*.py
+	@$(BIN)/python notebooks/save.py
 
 clean:  ## remove .venv, caches and built engines
 	@rm -rf $(VENV) engines notebooks/engines build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
