@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 _ROOT = "root."  # the wrapper's attribute; not part of any name that people see
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # torch's name for what no module made
 
 
 def export(
@@ -100,9 +102,8 @@ def _empty_model(checkpoint: Checkpoint, trust_remote_code: bool) -> torch.nn.Mo
                 config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
             )
     except Exception as problem:  # transformers raises whatever its model code raises
-        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         raise UnsupportedModelError(
-            f"{checkpoint.folder}: transformers can't make a '{checkpoint.config.model_type}' model of it: {reason}"
+            f"{checkpoint.folder}: transformers can't make a '{checkpoint.config.model_type}' model of it: {_reason(problem)}"
         ) from problem
     model.tie_weights()
     return model.eval()
@@ -167,9 +168,16 @@ def _to_surgeon(model: torch.nn.Module, weights: Mapping[str, StoredWeight]) -> 
                 output_names=["logits"],
             )
     except Exception as problem:  # torch.export has many
-        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise UnsupportedModelError(f"{type(model).__name__}: torch can't export it: {reason}") from problem
+        raise UnsupportedModelError(f"{type(model).__name__}: torch can't export it: {_reason(problem)}") from problem
     return _import(exported.model, weights)
+
+
+def _reason(problem: BaseException) -> str:
+    """The first line of what went wrong at the bottom: torch wraps it in advice, with colours."""
+    while problem.__cause__ is not None:
+        problem = problem.__cause__
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(problem)).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__
 
 
 def _wrap(model: torch.nn.Module) -> torch.nn.Module:
@@ -248,7 +256,7 @@ def _name_nodes(model: Any) -> None:
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "").strip("[]").split(", ")
         scope = scopes[-2].strip("'") if len(scopes) > 1 else ""
-        scope = scope.removeprefix(_ROOT) if scope != _ROOT.rstrip(".") else ""
+        scope = scope.removeprefix(_ROOT) if scope not in (_ROOT.rstrip("."), _NO_MODULE) else ""
         name = f"{scope}/{node.op_type}"
         count[name] += 1
         node.name = name if count[name] == 1 else f"{name}_{count[name] - 1}"
@@ -259,7 +267,7 @@ def _name_nodes(model: Any) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """torch's exporter talks about what is none of the user's business; errors still raise."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript", "transformers")]
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
