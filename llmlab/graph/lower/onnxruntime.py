@@ -13,6 +13,7 @@ from llmlab.graph.passes.merge_products import linear
 
 _INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
 _ORT_DOMAIN = "com.microsoft"
+_HEAD_DIM_STEP = 8
 _QUERY_SEQLENS = 16  # input of GroupQueryAttention: new tokens of each row
 
 LOWERED_INPUTS = (
@@ -102,6 +103,10 @@ def _lower_attention(
     if dtype != np.float32:
         raise UnsupportedModelError(
             f"{node.name}: attention in {dtype}; ONNX Runtime's CPU wants float32: build from an unconverted graph"
+        )
+    if dim % _HEAD_DIM_STEP:
+        raise UnsupportedModelError(
+            f"{node.name}: head_dim is {dim}; ONNX Runtime's attention wants a multiple of {_HEAD_DIM_STEP}"
         )
     rows = [qkv] if qkv is not None else list(node.inputs[:3])
     unpacked: list[gs.Tensor | None] = [
