@@ -59,6 +59,18 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def _check_free(path: Path, *, overwrite: bool, marker: str) -> None:
+    """Raise InputError where something lies at `path` that may not be replaced."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"{path} exists and is not a folder: choose another name")
+    ours = (path / marker).is_file()
+    if any(path.iterdir()) and not (ours and overwrite):
+        what = "pass overwrite (--force) to replace it" if ours else "choose an empty or a new folder"
+        raise InputError(f"{path} exists{'' if ours else f' and holds no {marker}'}: {what}")
+
+
 @contextmanager
 def atomic_folder(path: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends, and vanishes when it raises or is interrupted.
@@ -67,18 +79,14 @@ def atomic_folder(path: Path, *, overwrite: bool, marker: str) -> Iterator[Path]
     llmlab did not write is never removed. Raises InputError before anything is written.
     """
     path = path.absolute()
-    if path.exists():
-        if not path.is_dir():
-            raise InputError(f"{path} exists and is not a folder: choose another name")
-        ours = (path / marker).is_file()
-        if any(path.iterdir()) and not (ours and overwrite):
-            what = "pass overwrite (--force) to replace it" if ours else "choose an empty or a new folder"
-            raise InputError(f"{path} exists{'' if ours else f' and holds no {marker}'}: {what}")
     try:
+        _check_free(path, overwrite=overwrite, marker=marker)
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    except OSError as problem:
-        raise InputError(f"{path}: can't be written ({problem.strerror or problem})") from problem
+    except InputError:
+        raise
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{path}: can't be written ({getattr(problem, 'strerror', None) or problem})") from problem
     try:
         work.chmod(0o755)
         yield work
@@ -87,11 +95,12 @@ def atomic_folder(path: Path, *, overwrite: bool, marker: str) -> Iterator[Path]
         _fsync(work)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            path.rename(old / path.name)
             try:
+                path.rename(old / path.name)
                 work.rename(path)
             except BaseException:
-                (old / path.name).rename(path)
+                if not path.exists() and (old / path.name).exists():
+                    (old / path.name).rename(path)
                 raise
             finally:
                 shutil.rmtree(old, ignore_errors=True)
