@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -73,7 +75,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write manifest.json for the files that lie in `folder`."""
         files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
-        write_json(folder / MANIFEST, self.to_dict() | {"files": files})
+        body = self.to_dict() | {"files": files}
+        write_json(folder / MANIFEST, body | {"sha256": digest(body)})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -88,6 +91,8 @@ class Manifest:
             raise EngineError(
                 f"{folder}: engine format {version!r}{made}, this llmlab reads {ENGINE_FORMAT}: build it again, or update llmlab"
             )
+        if data.get("sha256") != digest(data):
+            raise EngineError(f"{path}: its contents are not what was built: altered, build the engine again")
         try:
             manifest = cls(
                 target=str(data["target"]),
@@ -108,11 +113,17 @@ class Manifest:
                 },
             )
             _ = manifest.config
-        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as problem:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CheckpointError) as problem:
             raise EngineError(
                 f"{path}: a field is missing or malformed ({problem}): altered, build the engine again"
             ) from problem
         return manifest
+
+
+def digest(body: Mapping[str, Any]) -> str:
+    """sha256 over a manifest's contents but its own `sha256`, however they are laid out."""
+    rest = {key: value for key, value in body.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _count(value: Any, low: int = 1) -> int:
