@@ -15,7 +15,7 @@ from rich.table import Table
 import llmlab as ll
 from llmlab import zoo
 from llmlab.config import ModelConfig
-from llmlab.errors import EngineError, LlmlabError
+from llmlab.errors import EngineError, InputError, LlmlabError
 from llmlab.files import read_json
 from llmlab.runtime.manifest import MANIFEST
 
@@ -42,8 +42,10 @@ def main() -> int:
     try:
         engine = _reuse(ENGINE)
         if engine is None:
-            if ENGINE.exists():
+            if (ENGINE / MANIFEST).is_file():
                 console.print(f"{ENGINE} is not of this model and this llmlab: made again.")
+            elif ENGINE.exists():
+                raise InputError(f"{ENGINE} is there and no engine of llmlab: move it away, or run the demo elsewhere")
             engine = _make(console)
         else:
             console.print(f"{ENGINE} is there already, built from this model by this llmlab ({ll.__version__}).")
