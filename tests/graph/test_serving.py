@@ -15,6 +15,7 @@ from conftest import Store
 from steps import RAGGED, Plan, worst_error
 
 from llmlab.graph.interpret import Interpreter
+from llmlab.runtime.backends.partition import CostModel
 from llmlab.runtime.batch import StepBatch
 from llmlab.runtime.engine import Engine
 
@@ -129,6 +130,14 @@ def execute(engine: Engine, plan: Plan, slots: list[int], spoil: Any = None, wan
 def test_engine_equals_cached_generation(store: Store, oracle: Any, name: str, wanted: Any) -> None:
     result = execute(Engine.load(store.engine(name)), RAGGED, [4, 1, 0, 6, 3], wanted=wanted)
     assert max(errors(result, oracle(name))) < TOLERANCE
+
+
+def test_sequences_may_run_apart(store: Store, oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However a step is split into runs, the logits come out the same, and in their places."""
+    monkeypatch.setattr(CostModel, "parts", lambda self, new, slots: [(i, i + 1) for i in range(len(new))])
+    for wanted in (steps.all_rows, steps.some_rows):
+        result = execute(Engine.load(store.engine("llama")), RAGGED, [4, 1, 0, 6, 3], wanted=wanted)
+        assert max(errors(result, oracle("llama"))) < TOLERANCE
 
 
 def traded_slots(batch: StepBatch) -> StepBatch:
