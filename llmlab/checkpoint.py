@@ -17,6 +17,7 @@ from llmlab.errors import CheckpointError, InputError
 from llmlab.files import plain_name, read_bytes, read_json
 
 _HEADER_LIMIT = 100 << 20  # bytes, what the safetensors format allows
+_MOST_AXES = 32  # what every numpy can map
 _DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -82,21 +83,21 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 def _stored(path: Path, name: str, entry: Any, base: int, size: int) -> StoredTensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        numbers = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        numbers = len(shape) <= _MOST_AXES and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError) as problem:
-        raise CheckpointError(f"{path}: the entry of '{name}' is malformed") from problem
-    if dtype not in _DTYPES:
-        raise CheckpointError(f"{path}: '{name}' has type {dtype!r}, expected one of {', '.join(_DTYPES)}")
+        raise CheckpointError(f"{path}: the entry of {name!r} is malformed") from problem
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise CheckpointError(f"{path}: {name!r} has type {dtype!r}, expected one of {', '.join(_DTYPES)}")
     expected = _DTYPES[dtype].itemsize
     for n in shape if numbers else ():
         expected *= n  # Python integers: an absurd shape can't overflow
     if not numbers or end - begin != expected:
         raise CheckpointError(
-            f"{path}: '{name}' of shape {list(shape)} and type {dtype} can't fill bytes {begin} to {end}"
+            f"{path}: {name!r} of shape {list(shape)} and type {dtype} can't fill bytes {begin} to {end}"
         )
     if base + end > size:
         raise CheckpointError(
-            f"{path}: '{name}' ends at byte {base + end}, the file at {size}: truncated, fetch it again"
+            f"{path}: {name!r} ends at byte {base + end}, the file at {size}: truncated, fetch it again"
         )
     return StoredTensor(path, _DTYPES[dtype], shape, base + begin)
 
@@ -119,7 +120,7 @@ class Weights(Mapping[str, StoredTensor]):
                 self._tensors.update(read_safetensors(folder / shard))
             for name in shards:
                 if name not in self._tensors:
-                    raise CheckpointError(f"{index}: '{name}' is in no shard; the checkpoint is incomplete")
+                    raise CheckpointError(f"{index}: {name!r} is in no shard; the checkpoint is incomplete")
         elif single.is_file():
             self._tensors = read_safetensors(single)
         elif pickled := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")):
