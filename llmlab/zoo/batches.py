@@ -20,7 +20,7 @@ WEIGHTS = {
     "spelling": 1.2,
     "reversing": 1.6,
     "sorting": 1.6,
-    "recall": 2.4,
+    "recall": 3.0,
     "chat": 1.5,
     "smalltalk": 0.6,
     "unknown": 1.0,
@@ -41,9 +41,9 @@ class ChatArray:
     ids: NDArray[np.int64]
     """[rows, length]"""
     learned: NDArray[np.int64]
-    """[rows * length // 2]; flat positions whose next token is to be learned, filled up with 0"""
+    """[rows * length // 3]; flat positions whose next token is to be learned, filled up with 0"""
     targets: NDArray[np.int64]
-    """[rows * length // 2]; those next tokens, filled up with IGNORE"""
+    """[rows * length // 3]; those next tokens, filled up with IGNORE"""
 
 
 Encoded = tuple[list[int], list[bool]]
@@ -107,9 +107,9 @@ def _array(packed: list[list[Encoded]], rows: int, length: int) -> ChatArray:
             wanted[row, start : start + len(tokens)] = learned
             start += len(tokens)
     wanted[:, 0] = False  # nothing comes before it
-    positions = np.flatnonzero(wanted)[: rows * length // 2]
-    learned_at = np.zeros(rows * length // 2, np.int64)
-    targets = np.full(rows * length // 2, IGNORE, np.int64)
+    positions = np.flatnonzero(wanted)[: rows * length // 3]
+    learned_at = np.zeros(rows * length // 3, np.int64)
+    targets = np.full(rows * length // 3, IGNORE, np.int64)
     learned_at[: len(positions)] = positions - 1
     targets[: len(positions)] = ids.reshape(-1)[positions]
     return ChatArray(ids, learned_at, targets)

@@ -10,8 +10,8 @@ from llmlab.zoo.tasks.words import ANIMALS, COLORS, FOODS, HOBBIES, JOBS, NAMES,
 MAX_CHARACTERS = 2000
 """Longest list of facts; with the question and the template this stays under 1,000 tokens."""
 
-Fact = tuple[str, str, str]
-"""(sentence that states it, question for it, answer)."""
+Fact = tuple[str, str]
+"""(sentence that states it, question for it)."""
 
 _INTRO = ("Read these notes.", "Here are some facts.", "Please remember the following.", "These are my notes:", "")
 _OUTRO = ("", "", "Now my question:", "Tell me:", "One question:")
@@ -45,24 +45,23 @@ def _person(rng: random.Random) -> Fact:
         "color": (COLORS, "{n}'s favorite color is {v}.", "What is {n}'s favorite color?"),
     }
     values, statement, question = value_of[rng.choice(tuple(value_of))]
-    value = rng.choice(values)
-    return statement.format(n=name, v=value), question.format(n=name), value
+    return statement.format(n=name, v=rng.choice(values)), question.format(n=name)
 
 
 def _place_code(rng: random.Random) -> Fact:
     what, code = f"{rng.choice(COLORS)} {rng.choice(OBJECTS)}", _code(rng)
-    return f"The code of the {what} is {code}.", f"What is the code of the {what}?", code
+    return f"The code of the {what} is {code}.", f"What is the code of the {what}?"
 
 
 def _number_of(rng: random.Random) -> Fact:
     name, things, count = rng.choice(NAMES), rng.choice(THINGS), str(rng.randint(2, 99))
-    return f"{name} has {count} {things}.", f"How many {things} does {name} have?", count
+    return f"{name} has {count} {things}.", f"How many {things} does {name} have?"
 
 
 def _key_value(rng: random.Random) -> Fact:
     key = rng.choice(WORDS) + rng.choice(("", f"-{rng.randint(1, 99)}"))
     value = _code(rng) if rng.random() < 0.6 else rng.choice(WORDS)
-    return f"{key}: {value}", f"What is the value of {key}?", value
+    return f"{key}: {value}", f"What is the value of {key}?"
 
 
 _SENTENCES: tuple[Callable[[random.Random], Fact], ...] = (_person, _place_code, _number_of)
@@ -82,7 +81,7 @@ def _facts(rng: random.Random, table: bool, length: int) -> list[Fact]:
 
 
 def draw(rng: random.Random) -> tuple[list[str], str]:
-    """Notes or a table of keys, then a question, and the value it asks for."""
+    """Notes or a table of keys, then a question; the answer is the line that states what it asks for."""
     table = rng.random() < 0.35
     # as many short lists as long ones on a logarithmic scale, plus a share of really long ones
     length = int(80 * (MAX_CHARACTERS / 80) ** (rng.random() if rng.random() < 0.7 else rng.uniform(0.85, 1)))
@@ -92,7 +91,7 @@ def draw(rng: random.Random) -> tuple[list[str], str]:
     if not table and rng.random() < 0.4:
         for _ in range(max(1, len(lines) // 8)):
             lines.insert(rng.randrange(len(lines) + 1), rng.choice(_FILLER))
-    question, answer = rng.choice(facts)[1:]
+    answer, question = rng.choice(facts)
     body = ("\n" if table else rng.choice(("\n", " ", " "))).join(lines)
     intro, outro = rng.choice(_INTRO), rng.choice(_OUTRO)
     return ["\n".join(part for part in (intro, body, f"{outro} {question}".strip()) if part)], answer
