@@ -117,7 +117,7 @@ class Graph:
         config = ModelConfig.from_hf(manifest.get("config", {}), where=str(where))
         try:
             history = [PassReport.from_dict(entry) for entry in manifest.get("history", ())]
-        except (TypeError, KeyError, AttributeError) as problem:
+        except (TypeError, KeyError, ValueError, AttributeError) as problem:
             raise GraphError(f"{where}: its history is malformed: altered, export it again") from problem
         assets = {n: read_bytes(folder / n, GraphError) for n in ASSETS if (folder / n).is_file()}
         return cls(read_onnx(folder), config, assets, history)
