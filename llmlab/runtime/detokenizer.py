@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from llmlab.runtime.tokenizer import Tokenizer
+from llmlab.runtime.tokenizer import Tokenizer
 
 _LONGEST_WAIT = 8
 """Ids held back for the rest of a character. UTF-8 has at most 4 bytes; more waiting would not complete anything."""

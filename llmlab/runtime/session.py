@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from llmlab.errors import InputError
-from llmlab.runtime.detokenizer import StopStrings
+from llmlab.runtime.detokenizer import Detokenizer, StopStrings
 from llmlab.runtime.outputs import Completion, Delta, RequestMetrics, Result
 from llmlab.runtime.params import SamplingParams
 from llmlab.runtime.request import FinishReason, Request, checked_prompt
@@ -96,7 +96,7 @@ class _Output:
     """One completion under way."""
 
     def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
-        self._detokenizer = tokenizer.detokenizer() if tokenizer else None
+        self._detokenizer = Detokenizer(tokenizer) if tokenizer else None
         self._stops = StopStrings(params.stop)
         self.parts: list[str] = []
         self.token_ids: list[int] = []

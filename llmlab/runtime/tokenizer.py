@@ -12,7 +12,6 @@ import tokenizers
 
 from llmlab.errors import InputError
 from llmlab.runtime.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
-from llmlab.runtime.detokenizer import Detokenizer
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -85,10 +84,6 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; ids that the tokenizer doesn't know (padding of the vocabulary) give nothing."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-
-    def detokenizer(self) -> Detokenizer:
-        """For ids that arrive one after another."""
-        return Detokenizer(self)
 
     def is_special(self, token_id: int) -> bool:
         """Whether `decode` leaves this id out."""

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from llmlab.errors import InputError, LlmlabError
 from llmlab.runtime import chat_template, template_sandbox
 from llmlab.runtime.chat_template import ChatTemplate
-from llmlab.runtime.detokenizer import StopStrings
+from llmlab.runtime.detokenizer import Detokenizer, StopStrings
 from llmlab.runtime.tokenizer import Tokenizer
 
 CORPUS = [
@@ -132,7 +132,7 @@ def test_text_that_is_not_unicode_is_an_input_error(tokenizer: Tokenizer) -> Non
 def test_pieces_join_to_the_full_decode(tokenizer: Tokenizer, data: st.DataObject) -> None:
     """Random ids: broken UTF-8 everywhere, special tokens, added tokens, ids that the vocabulary doesn't have."""
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=60))
-    detokenizer = tokenizer.detokenizer()
+    detokenizer = Detokenizer(tokenizer)
     pieces = []
     while ids:
         take = data.draw(st.integers(1, 4))
@@ -145,7 +145,7 @@ def test_pieces_join_to_the_full_decode(tokenizer: Tokenizer, data: st.DataObjec
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=40))
 def test_no_half_characters_are_shown(tokenizer: Tokenizer, text: str) -> None:
-    detokenizer, shown = tokenizer.detokenizer(), ""
+    detokenizer, shown = Detokenizer(tokenizer), ""
     for token_id in tokenizer.encode(text):
         shown += detokenizer.push([token_id])
         assert text.startswith(shown)
@@ -155,9 +155,9 @@ def test_no_half_characters_are_shown(tokenizer: Tokenizer, text: str) -> None:
 def test_a_character_over_several_tokens_comes_whole(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("🦙", add_special_tokens=False)
     assert len(ids) > 1, "the corpus must not hold this character"
-    detokenizer = tokenizer.detokenizer()
+    detokenizer = Detokenizer(tokenizer)
     assert [detokenizer.push([i]) for i in ids] == [""] * (len(ids) - 1) + ["🦙"]
-    detokenizer = tokenizer.detokenizer()
+    detokenizer = Detokenizer(tokenizer)
     assert detokenizer.push(ids[:-1]) == "" and detokenizer.finish() == "�"
 
 
@@ -182,7 +182,7 @@ def test_byte_fallback_tokenizers_stream_valid_text(metaspace: Tokenizer, parts:
     assert not metaspace.byte_level
     words = {"the": [1], "cat": [2], "s": [3], " ": [4], "a": [5], "mat": [6]}
     ids = [i for part in parts for i in words.get(part) or [7 + byte for byte in part.encode()]]
-    detokenizer, shown, full = metaspace.detokenizer(), "", metaspace.decode(ids)
+    detokenizer, shown, full = Detokenizer(metaspace), "", metaspace.decode(ids)
     for token_id in ids:
         shown += detokenizer.push([token_id])
         assert full.startswith(shown)
@@ -190,7 +190,7 @@ def test_byte_fallback_tokenizers_stream_valid_text(metaspace: Tokenizer, parts:
 
 
 def test_byte_fallback_with_broken_bytes_does_not_wait_for_ever(metaspace: Tokenizer) -> None:
-    detokenizer = metaspace.detokenizer()
+    detokenizer = Detokenizer(metaspace)
     shown = "".join(detokenizer.push([7 + 0x80]) for _ in range(50))
     assert len(shown) >= 40
     assert detokenizer.push([1]).endswith("the")
@@ -198,7 +198,7 @@ def test_byte_fallback_with_broken_bytes_does_not_wait_for_ever(metaspace: Token
 
 def test_cost_of_a_token_does_not_grow(tokenizer: Tokenizer, metaspace: Tokenizer) -> None:
     for one, token_id in ((tokenizer, 50), (metaspace, 5)):
-        detokenizer = one.detokenizer()
+        detokenizer = Detokenizer(one)
         seconds = []
         for _ in range(10):
             started = time.perf_counter()
