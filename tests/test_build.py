@@ -59,7 +59,7 @@ def test_what_is_no_serving_graph(store: Store, tmp_path: Path) -> None:
 def test_a_broken_generation_config_stops_it(store: Store, tmp_path: Path) -> None:
     graph = store.serving("llama").copy()
     graph.assets = {"generation_config.json": b"{"}
-    with pytest.raises(CheckpointError, match="generation_config.json: not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"generation_config.json: not valid JSON"):
         build(graph, tmp_path / "e")
     assert list(tmp_path.iterdir()) == []
 

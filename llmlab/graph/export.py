@@ -85,7 +85,8 @@ def _empty_model(checkpoint: Checkpoint, trust_remote_code: bool) -> torch.nn.Mo
     transformers = require("transformers", "export")
     raw = checkpoint.config.raw
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "an unknown method")
+        given = raw["quantization_config"]
+        method = given.get("quant_method", "an unknown method") if isinstance(given, Mapping) else repr(given)
         raise UnsupportedModelError(
             f"{checkpoint.folder}: quantized with {method}; export the full-precision checkpoint and use llmlab to quantize"
         )
