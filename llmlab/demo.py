@@ -26,7 +26,7 @@ ENGINE = Path("engines/tinychat")
 PROMPTS = (
     "How do I count to nine in French?",
     "Spell the word engine backwards.",
-    "Anna has 12 shells. Ben has 31 coins. Clara has 7 shells. How many shells does Clara have?",
+    "Anna has 12 shells.\nBen has 31 coins.\nClara has 7 shells.\nHow many shells does Clara have?",
 )
 IN_FLIGHT = 32
 _NEXT = (
@@ -102,7 +102,8 @@ def _make(console: Console) -> ll.Engine:
 
 def _stream(console: Console, llm: ll.LLM, prompt: str) -> Result:
     """Ask, and print the answer as it comes."""
-    console.print(f"\n[bold cyan]>[/] [bold]{prompt}[/]")
+    shown = prompt.replace("\n", "\n  ")
+    console.print(f"\n[bold cyan]>[/] [bold]{shown}[/]")
     stream = llm.stream([{"role": "user", "content": prompt}])
     for delta in stream:
         console.print(delta.text, end="", markup=False)

@@ -41,9 +41,8 @@ def test_first_run_shows_each_step_and_the_answers(first_run: Path) -> None:
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["export", "optimize", "build"]
     assert all(line.endswith(" s") for line in lines[:3])
-    assert lines[lines.index(f"> {demo.PROMPTS[0]}") + 1] == NINE
-    assert lines[lines.index(f"> {demo.PROMPTS[1]}") + 1] == "e-n-i-g-n-e"
-    assert lines[lines.index(f"> {demo.PROMPTS[2]}") + 1] == "7"
+    asked = [f"> {prompt}".replace("\n", "\n  ").splitlines()[-1] for prompt in demo.PROMPTS]
+    assert [lines[lines.index(line) + 1] for line in asked] == [NINE, "e-n-i-g-n-e", "Clara has 7 shells."]
     assert "tokens/s" in out and "llmlab chat engines/tinychat" in out
     assert "\x1b" not in out and max(map(len, lines)) <= 100, "readable in a log"
     assert sorted(p.name for p in (first_run / "engines").iterdir()) == ["tinychat"]
