@@ -131,7 +131,7 @@ def _locate_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str,
     for name, key in missing.items():
         if key not in by_tensor:
             raise CheckpointError(
-                f"{checkpoint.folder}: no tensor '{name}' in it; the checkpoint is incomplete or of another model"
+                f"{checkpoint.folder}: no tensor '{name}' in it; the checkpoint is incomplete, of another model, or names it otherwise"
             )
         found[name] = by_tensor[key]
     used = {weight.name for weight in found.values()}

@@ -135,6 +135,10 @@ class EngineCore:
         self.stats.note(stats)
         return updates
 
+    def waiting_requests(self) -> set[str]:
+        """Ids of requests whose first sequence holds no place in the next step: not started yet, or preempted."""
+        return {sequence.request_id for sequence in self._scheduler.waiting if sequence.index == 0}
+
     def check_integrity(self) -> None:
         """Raises IntegrityError when a sequence or a block is lost, held twice or held by nobody."""
         self._scheduler.check_integrity()

@@ -11,6 +11,7 @@ from llmlab.errors import EngineError, InputError
 from llmlab.runtime.core import EngineCore
 from llmlab.runtime.outputs import Delta, Result
 from llmlab.runtime.progress import progress_bar
+from llmlab.runtime.scheduler import Batching
 from llmlab.runtime.session import Frontend, Message, Params, Prompt, Session, split_conversations, split_prompts
 from llmlab.runtime.tokenizer import Tokenizer
 from llmlab.runtime.turn import Turn
@@ -83,6 +84,7 @@ class LLM:
     max_tokens_per_step: most tokens that a step works on, which bounds how long a prompt can hold up others; None
         takes the engine's limit
     prefix_cache: keep the keys and values of ended sequences and reuse them for prompts that begin alike
+    batching: "inflight"; or "static", to compare with it: a batch is admitted when all of the last one has ended
 
     Threads may share an LLM: their requests are batched together. One thread at a time runs a step for all, the others
     wait for what it brings. Ctrl-C takes effect between two steps, cancels the interrupted call's requests only, and
@@ -97,6 +99,7 @@ class LLM:
         max_num_seqs: int | None = None,
         max_tokens_per_step: int | None = None,
         prefix_cache: bool = False,
+        batching: Batching = "inflight",
     ) -> None:
         self._backend, self._frontend = open_engine(
             engine,
@@ -104,6 +107,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_tokens_per_step=max_tokens_per_step,
             prefix_cache=prefix_cache,
+            batching=batching,
         )
         self._turn = Turn()
         self._closed = False
@@ -234,6 +238,7 @@ def open_engine(
     max_num_seqs: int | None,
     max_tokens_per_step: int | None,
     prefix_cache: bool,
+    batching: Batching = "inflight",
 ) -> tuple[Backend, Frontend]:
     """An engine's backend with a core and a front-end over it."""
     if isinstance(engine, (str, Path)):
@@ -256,6 +261,7 @@ def open_engine(
             max_tokens_per_step=max_tokens_per_step,
             eos_token_ids=eos_token_ids,
             prefix_cache=prefix_cache,
+            batching=batching,
         )
     except InputError:
         backend.close()

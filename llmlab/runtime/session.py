@@ -213,8 +213,7 @@ class Frontend:
     def _note_started(self, step_began: float) -> None:
         if not self._unstarted:
             return
-        waiting = {sequence.request_id for sequence in self.core._scheduler.waiting if sequence.index == 0}
-        for request_id in self._unstarted.keys() - waiting:
+        for request_id in self._unstarted.keys() - self.core.waiting_requests():
             self._unstarted.pop(request_id).started = step_began
 
     def _tokenize(self, prompt: Prompt, variables: Mapping[str, Any]) -> tuple[str | None, list[int]]:
