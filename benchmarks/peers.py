@@ -19,7 +19,7 @@ import numpy as np
 from shapes import engine
 
 GENAI = "onnxruntime-genai==0.18.0"
-MAX_SEQ_LEN = 512
+MAX_SEQ_LEN = 576
 
 
 class Runtime(Protocol):

@@ -102,7 +102,7 @@ def engine(checkpoint: Path, cache: Path, max_seq_len: int) -> Path:
     import llmlab as ll
 
     package = Path(ll.__file__).parent
-    sources = sorted([*package.glob("*.py"), *(package / "graph").rglob("*.py")])
+    sources = [*(package / name for name in ("build.py", "config.py")), *sorted((package / "graph").rglob("*.py"))]
     state = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     folder = cache / f"{checkpoint.name}-llmlab-{max_seq_len}-{state}"
     if not folder.exists():
