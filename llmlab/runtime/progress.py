@@ -17,8 +17,7 @@ def progress_bar(total: int, wanted: bool) -> Iterator[Callable[[Delta], None]]:
     if not wanted:
         yield lambda delta: None
         return
-    in_notebook = "ipykernel" in sys.modules and find_spec("ipywidgets") is not None
-    bar, remove = _notebook_bar(total) if in_notebook else _terminal_bar(total)
+    bar, remove = _notebook_bar(total) if _in_notebook() else _terminal_bar(total)
     tokens = 0
 
     def advance(delta: Delta) -> None:
@@ -33,6 +32,12 @@ def progress_bar(total: int, wanted: bool) -> Iterator[Callable[[Delta], None]]:
         yield advance
     finally:
         remove()
+
+
+def _in_notebook() -> bool:
+    """Whether a kernel runs this code. That ipykernel is imported says nothing: whatever starts kernels does that."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel") and find_spec("ipywidgets") is not None
 
 
 def _terminal_bar(total: int) -> tuple[Any, Callable[[], None]]:
