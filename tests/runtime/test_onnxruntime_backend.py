@@ -130,17 +130,17 @@ def test_no_logits_wanted(engine: Engine) -> None:
 
 def test_bindings_are_kept_and_few(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranges of slots come back: the latest are kept, the longest unused go, and the answers stay the same."""
-    monkeypatch.setattr(onnxruntime, "_MOST_BINDINGS", 5)
+    monkeypatch.setattr(onnxruntime, "_MOST_SPANS", 5)
     backend, rng = make(engine, 8), np.random.default_rng(0)
     expected = make(engine, 1).execute(step([(0, [3], 0)]))[0].copy()
     for _ in range(200):
         slots = rng.permutation(8)[: rng.integers(1, 9)]
         logits = backend.execute(step([(int(s), [3], 0) for s in slots]))
         np.testing.assert_allclose(logits, np.tile(expected, (len(slots), 1)), rtol=1e-4, atol=1e-4)
-        assert len(backend._bindings) <= 5
-    kept = dict(backend._bindings)
+        assert len(backend._spans) <= 5
+    kept = dict(backend._spans)
     backend.execute(step([(int(s), [3], 0) for s in slots]))
-    assert dict(backend._bindings) == kept
+    assert dict(backend._spans) == kept
 
 
 def test_an_impossible_reservation_is_one_line() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,20 @@ from llmlab.runtime.backends.slots import SlotPool
 from llmlab.runtime.batch import EngineLimits, StepBatch
 from llmlab.runtime.manifest import MODEL, WEIGHTS, Manifest
 
-_MOST_BINDINGS = 128
+_MOST_SPANS = 128
 """Ranges of slots whose bindings are kept, the latest used."""
+
+
+@dataclass
+class _Span:
+    """A range of slots [low, high) that runs together, and what is bound for it."""
+
+    low: int
+    high: int
+    binding: ort.IOBinding
+    layout: tuple[object, ...] = ()
+    """What the bound buffers were made for."""
+    feeds: dict[str, NDArray] = field(default_factory=dict)
 
 
 class OnnxRuntimeBackend:
@@ -45,7 +58,7 @@ class OnnxRuntimeBackend:
             row=8 * sum(heads * dim for heads, dim in manifest.kv.layers) * (1 + self._group(manifest)),
         )
         self._takes_positions = any(i.name == "position_ids" for i in self._session.get_inputs())
-        self._bindings: OrderedDict[tuple[int, int], ort.IOBinding] = OrderedDict()
+        self._spans: OrderedDict[tuple[int, int], _Span] = OrderedDict()
         self._logits = np.empty((0, self.limits.vocab_size), np.float32)
 
     @staticmethod
@@ -68,60 +81,76 @@ class OnnxRuntimeBackend:
         """Run sequences [start, end) of the batch and put their logits in their places."""
         tokens = slice(batch.query_start[start], batch.query_start[end])
         starts, slots = batch.query_start[start : end + 1] - tokens.start, slots[start:end]
-        new = np.diff(starts)
-        low, high = int(slots.min()), int(slots.max()) + 1
-        rows, width = high - low, int(new.max())
-        query_seqlens = np.zeros(rows, np.int32)
-        query_seqlens[slots - low] = new
-        seqlens_k = np.zeros(rows, np.int32)
-        seqlens_k[slots - low] = batch.kv_len[start:end] - 1
-        lies_at = np.repeat((slots - low) * width - starts[:-1], new) + np.arange(starts[-1])
-        unpack_index = np.zeros(rows * width, np.int64)
-        unpack_index[lies_at] = np.arange(len(lies_at))
         wanted = slice(*np.searchsorted(batch.logits_index, (tokens.start, tokens.stop)))
-        feeds: dict[str, NDArray] = {
-            "input_ids": batch.input_ids[tokens],
-            "logits_index": batch.logits_index[wanted] - tokens.start,
+        index = batch.logits_index[wanted] - tokens.start
+        logits = self._logits[wanted]
+        span = self._span(int(slots.min()), int(slots.max()) + 1)
+        layout = (starts.tobytes(), slots.tobytes(), index.tobytes(), logits.ctypes.data)
+        if span.layout != layout:
+            self._lay_out(span, starts, slots, index, logits)
+            span.layout = layout
+        span.feeds["input_ids"][:] = batch.input_ids[tokens]
+        span.feeds["seqlens_k"][slots - span.low] = batch.kv_len[start:end] - 1
+        if self._takes_positions:
+            span.feeds["position_ids"][:] = batch.position_ids[tokens]
+        began = time.perf_counter()
+        self._session.run_with_iobinding(span.binding)
+        self.run_seconds += time.perf_counter() - began
+
+    def _lay_out(
+        self,
+        span: _Span,
+        starts: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        index: NDArray[np.int64],
+        logits: NDArray[np.float32],
+    ) -> None:
+        """Bind buffers for a step of this shape. Decodes in a row have the same, so most steps only fill them."""
+        new, count = np.diff(starts), int(starts[-1])
+        rows, width = span.high - span.low, int(new.max())
+        query_seqlens = np.zeros(rows, np.int32)
+        query_seqlens[slots - span.low] = new
+        lies_at = np.repeat((slots - span.low) * width - starts[:-1], new) + np.arange(count)
+        unpack_index = np.zeros(rows * width, np.int64)
+        unpack_index[lies_at] = np.arange(count)
+        span.feeds = {
+            "input_ids": np.empty(count, np.int64),
+            "logits_index": index,
             "unpack_index": unpack_index.reshape(rows, width),
             "pack_index": lies_at.astype(np.int64),
-            "seqlens_k": seqlens_k,
+            "seqlens_k": np.zeros(rows, np.int32),
             "query_seqlens": query_seqlens,
         }
         if self._takes_positions:
-            feeds["position_ids"] = batch.position_ids[tokens]
-        logits = self._logits[wanted]
-        binding = self._binding(low, high)
-        for name, array in feeds.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        began = time.perf_counter()
-        self._session.run_with_iobinding(binding)
-        self.run_seconds += time.perf_counter() - began
+            span.feeds["position_ids"] = np.empty(count, np.int64)
+        for name, array in span.feeds.items():
+            span.binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        span.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
 
-    def _binding(self, low: int, high: int) -> ort.IOBinding:
-        """The binding of slots [low, high): pasts and presents are the same memory, so the update is in place."""
-        if (low, high) in self._bindings:
-            self._bindings.move_to_end((low, high))
-        else:
-            if len(self._bindings) >= _MOST_BINDINGS:
-                self._bindings.popitem(last=False)
-            binding = self._session.io_binding()
-            for i, layer in enumerate(self._pool.layers):
-                for what, half in zip(("key", "value"), layer, strict=True):
-                    part = half[low:high]
-                    for bind, name in (
-                        (binding.bind_input, f"past_{what}.{i}"),
-                        (binding.bind_output, f"present_{what}.{i}"),
-                    ):
-                        bind(name, "cpu", 0, np.float32, part.shape, part.ctypes.data)
-            self._bindings[low, high] = binding
-        return self._bindings[low, high]
+    def _span(self, low: int, high: int) -> _Span:
+        """Slots [low, high), their pasts and presents bound to the same memory, so that the update is in place."""
+        if (low, high) in self._spans:
+            self._spans.move_to_end((low, high))
+            return self._spans[low, high]
+        if len(self._spans) >= _MOST_SPANS:
+            self._spans.popitem(last=False)
+        binding = self._session.io_binding()
+        for i, layer in enumerate(self._pool.layers):
+            for what, half in zip(("key", "value"), layer, strict=True):
+                part = half[low:high]
+                for bind, name in (
+                    (binding.bind_input, f"past_{what}.{i}"),
+                    (binding.bind_output, f"present_{what}.{i}"),
+                ):
+                    bind(name, "cpu", 0, np.float32, part.shape, part.ctypes.data)
+        self._spans[low, high] = _Span(low, high, binding)
+        return self._spans[low, high]
 
     def release(self, blocks: Sequence[int]) -> None:
         self._pool.release(blocks)
 
     def close(self) -> None:
-        self._bindings.clear()
+        self._spans.clear()
 
 
 def _session(model: Path, threads: int) -> ort.InferenceSession:
