@@ -16,7 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 import llmlab
-from llmlab import cli, cli_bench, cli_run
+from llmlab import cli
+from llmlab.cli import answers, speed
 from llmlab.errors import EngineError, InputError
 from llmlab.graph.graph import Graph
 
@@ -46,7 +47,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ToyEngine:
 
 def expected(engine: ToyEngine, prompt: str, count: int) -> str:
     tokenizer = Tokenizer(engine.path)
-    return cli_run.printable(tokenizer.decode(greedy(tokenizer.encode(prompt), count, eos=None)))
+    return answers.printable(tokenizer.decode(greedy(tokenizer.encode(prompt), count, eos=None)))
 
 
 # run
@@ -94,7 +95,7 @@ def test_sampling_options_reach_the_engine(engine: ToyEngine) -> None:
 
 
 def test_model_output_cannot_steer_the_terminal() -> None:
-    assert cli_run.printable("a\x1b[2Jb\x07\x9bc\td\n\r") == "a�[2Jb��c\td\n�"
+    assert answers.printable("a\x1b[2Jb\x07\x9bc\td\n\r") == "a�[2Jb��c\td\n�"
 
 
 # Errors and exit codes
@@ -138,7 +139,7 @@ def test_a_file_system_error_is_one_line(engine: ToyEngine, monkeypatch: pytest.
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "/root/secret")
 
-    monkeypatch.setattr(cli_run, "read_prompts", refuse)
+    monkeypatch.setattr(answers, "read_prompts", refuse)
     result = runner.invoke(cli.app, ["run", "toy", "x"])
     assert result.exit_code == 2 and "Permission denied: '/root/secret'" in result.stderr
 
@@ -147,7 +148,7 @@ def test_ctrl_c_is_exit_code_130(engine: ToyEngine, monkeypatch: pytest.MonkeyPa
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_run, "answer", interrupt)
+    monkeypatch.setattr(answers, "answer", interrupt)
     result = runner.invoke(cli.app, ["run", "toy", "x"])
     assert result.exit_code == 130 and "Traceback" not in result.output
 
@@ -161,7 +162,7 @@ def test_ctrl_c_inside_the_exporters_native_code_is_exit_code_130(
         except RuntimeError as problem:
             raise EngineError("can't export") from problem
 
-    monkeypatch.setattr(cli_run, "answer", fail)
+    monkeypatch.setattr(answers, "answer", fail)
     assert runner.invoke(cli.app, ["run", "toy", "x"]).exit_code == 130
 
 
@@ -250,7 +251,7 @@ def test_bench_counts_what_it_says(engine: ToyEngine) -> None:
         return execute(batch)
 
     engine.made.execute = timed  # type: ignore[method-assign]
-    prefill, step, outside = cli_bench._once(llm.core, 2, 5, 4, np.random.default_rng(0))
+    prefill, step, outside = speed._once(llm.core, 2, 5, 4, np.random.default_rng(0))
     assert prefill == pytest.approx(10 / (0.02 + 0.01 * 8), rel=0.25)
     assert step == pytest.approx(0.02, rel=0.25) and 0 <= outside < 0.2
 
@@ -258,7 +259,7 @@ def test_bench_counts_what_it_says(engine: ToyEngine) -> None:
 @pytest.mark.parametrize("bad", ["", "0", "1,-2", "a", "1,,2"])
 def test_bad_batch_sizes(bad: str) -> None:
     with pytest.raises(InputError, match="positive integers"):
-        cli_bench.batch_sizes(bad)
+        speed.batch_sizes(bad)
 
 
 # The whole road, with a real checkpoint

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from llmlab.cli_run import printable
+from llmlab.cli.answers import printable
 from llmlab.errors import InputError, LlmlabError
 
 if TYPE_CHECKING:

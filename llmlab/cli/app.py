@@ -112,13 +112,13 @@ def export(
     **Example:** `llmlab export tinychat -o graphs/plain`
     """
     import llmlab as ll
-    from llmlab import cli_show
+    from llmlab.cli import show
 
-    cli_show.check_output(output, force=force)
-    with cli_show.working(f"exporting {source}"):
+    show.check_output(output, force=force)
+    with show.working(f"exporting {source}"):
         graph = ll.export(source, trust_remote_code=trust_remote_code)
         graph.save(output, overwrite=force)
-    cli_show.graph(graph, output, as_json=as_json)
+    show.graph(graph, output, as_json=as_json)
 
 
 @app.command()
@@ -135,13 +135,13 @@ def optimize(
     **Example:** `llmlab optimize graphs/plain -o graphs/serving`
     """
     import llmlab as ll
-    from llmlab import cli_show
+    from llmlab.cli import show
 
-    cli_show.check_output(output, force=force)
-    with cli_show.working(f"optimizing {graph_folder}"):
+    show.check_output(output, force=force)
+    with show.working(f"optimizing {graph_folder}"):
         graph = ll.optimize(ll.Graph.load(graph_folder))
         graph.save(output, overwrite=force)
-    cli_show.graph(graph, output, as_json=as_json)
+    show.graph(graph, output, as_json=as_json)
 
 
 @app.command()
@@ -165,11 +165,11 @@ def build(
     **Examples:** `llmlab build tinychat -o engines/tinychat`, `llmlab build graphs/serving -o engines/mine`
     """
     import llmlab as ll
-    from llmlab import cli_show
+    from llmlab.cli import show
 
-    cli_show.check_output(output, force=force)
-    with cli_show.working("opening the source") as now:
-        graph = cli_show.open_graph(source)
+    show.check_output(output, force=force)
+    with show.working("opening the source") as now:
+        graph = show.open_graph(source)
         if graph is None:
             now(f"exporting {source}")
             graph = ll.export(source, trust_remote_code=trust_remote_code)
@@ -185,7 +185,7 @@ def build(
             max_tokens_per_step=max_tokens_per_step,
             overwrite=force,
         )
-    cli_show.engine(engine, as_json=as_json)
+    show.engine(engine, as_json=as_json)
 
 
 @app.command()
@@ -213,7 +213,7 @@ def run(
     **Example:** `llmlab run engines/tinychat "What is 3 plus 4?" "Sort: pear, apple" --max-tokens 32`
     """
     import llmlab as ll
-    from llmlab import cli_run
+    from llmlab.cli import answers
 
     params = ll.SamplingParams(
         max_tokens=max_tokens,
@@ -226,7 +226,7 @@ def run(
         stop=stop or (),
     )
     with ll.LLM(engine, threads=threads, max_num_seqs=max_num_seqs) as llm:
-        cli_run.answer(llm, cli_run.read_prompts(llm, prompts, chat=chat, ids=ids), params, as_json=as_json)
+        answers.answer(llm, answers.read_prompts(llm, prompts, chat=chat, ids=ids), params, as_json=as_json)
 
 
 @app.command()
@@ -247,7 +247,7 @@ def chat(
     **Example:** `llmlab chat engines/tinychat --temperature 0.7`
     """
     import llmlab as ll
-    from llmlab import cli_chat
+    from llmlab.cli import conversation
 
     params = ll.SamplingParams(
         max_tokens=max_tokens,
@@ -259,7 +259,7 @@ def chat(
         seed=seed,
     )
     with ll.LLM(engine, threads=threads, max_num_seqs=1, prefix_cache=True) as llm:
-        cli_chat.Chat(llm, params, system=system).loop()
+        conversation.Chat(llm, params, system=system).loop()
 
 
 @app.command()
@@ -276,13 +276,11 @@ def bench(
 
     **Example:** `llmlab bench engines/tinychat --batch 1,4,16 --prompt-len 128 --output-len 64`
     """
-    from llmlab import cli_bench
+    from llmlab.cli import speed
 
-    sizes = cli_bench.batch_sizes(batch)
-    rows = cli_bench.measure(
-        engine, sizes, prompt_len=prompt_len, output_len=output_len, repeat=repeat, threads=threads
-    )
-    cli_bench.show(rows, engine, as_json=as_json)
+    sizes = speed.batch_sizes(batch)
+    rows = speed.measure(engine, sizes, prompt_len=prompt_len, output_len=output_len, repeat=repeat, threads=threads)
+    speed.show(rows, engine, as_json=as_json)
 
 
 @app.command()
@@ -294,9 +292,9 @@ def inspect(
 
     **Example:** `llmlab inspect engines/tinychat`
     """
-    from llmlab import cli_show
+    from llmlab.cli import show
 
-    cli_show.anything(path, as_json=as_json)
+    show.anything(path, as_json=as_json)
 
 
 def main() -> None:
