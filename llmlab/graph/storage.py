@@ -30,7 +30,7 @@ class DeferredValues(LazyValues):
         self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
 
     def load(self) -> np.ndarray:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} computes nothing")
 
 
 class External(LazyValues):
