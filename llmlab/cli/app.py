@@ -5,16 +5,12 @@ Everything heavy is imported inside the verbs, so that `llmlab --help` is quick 
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from llmlab.errors import LlmlabError
+from llmlab.cli.one_line import OneLineErrors
 
 _EPILOG = """\
 **Examples**
@@ -29,37 +25,8 @@ An error is one line, with exit code 2; `LLMLAB_DEBUG=1` shows where it came fro
 """
 
 
-class _Group(TyperGroup):
-    """Turns what a verb raises into one line and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-        except BrokenPipeError:
-            raise  # the reader left, as with `| head`; typer ends quietly
-        except (LlmlabError, OSError) as error:
-            if _interrupted(error):
-                raise typer.Exit(130) from None
-            if os.environ.get("LLMLAB_DEBUG") == "1":
-                traceback.print_exc()
-            message = " ".join(str(error).split()) or type(error).__name__
-            print(f"llmlab: {message}", file=sys.stderr)
-            raise typer.Exit(2) from error
-
-
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: the exporter's native code catches it and reports a failure of its own."""
-    while error is not None:
-        if "KeyboardInterrupt" in f"{type(error).__name__} {error}":
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 app = typer.Typer(
-    cls=_Group,
+    cls=OneLineErrors,
     help="From a language-model checkpoint to a fast engine, one visible step at a time.",
     epilog=_EPILOG,
     no_args_is_help=True,
@@ -300,7 +267,3 @@ def inspect(
 def main() -> None:
     """The entry point of the `llmlab` command."""
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -59,7 +59,7 @@ class PageAttention(Pass):
         cos = sin = None
         if match.rope is not None:
             cos, sin = match.rope.inputs[1:3]
-            q, k = producer(q).inputs[0], producer(k).inputs[0]  # type: ignore[union-attr]
+            q, k = (rotated.inputs[0].inputs[0] for rotated in (q, k))
         rows = [_rows(edit, where, t) for t in (q, k, v)]
         shape: list[Dim] = [2, "blocks", match.kv_heads, "block_size", match.dim]
         cache = gs.Variable(edit.name(f"kv_cache.{layer}"), dtype, shape)
