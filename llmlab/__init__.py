@@ -20,9 +20,15 @@ if TYPE_CHECKING:
     __version__: str
     from llmlab.build import build as build
     from llmlab.errors import LlmlabError as LlmlabError
+    from llmlab.graph.edit import Editor as Editor
     from llmlab.graph.export import export as export
     from llmlab.graph.graph import Graph as Graph
     from llmlab.graph.optimize import optimize as optimize
+    from llmlab.graph.optimize import register_pass as register_pass
+    from llmlab.graph.optimize import registered_pass as registered_pass
+    from llmlab.graph.optimize import unregister_pass as unregister_pass
+    from llmlab.graph.rewrite import Match as Match
+    from llmlab.graph.rewrite import Pass as Pass
     from llmlab.runtime.async_llm import AsyncLLM as AsyncLLM
     from llmlab.runtime.engine import Engine as Engine
     from llmlab.runtime.llm import LLM as LLM
@@ -37,6 +43,12 @@ _HOME = {
     "LLM": "llmlab.runtime.llm",
     "AsyncLLM": "llmlab.runtime.async_llm",
     "SamplingParams": "llmlab.runtime.params",
+    "register_pass": "llmlab.graph.optimize",
+    "unregister_pass": "llmlab.graph.optimize",
+    "registered_pass": "llmlab.graph.optimize",
+    "Pass": "llmlab.graph.rewrite",
+    "Match": "llmlab.graph.rewrite",
+    "Editor": "llmlab.graph.edit",
     "LlmlabError": "llmlab.errors",
 }
 
@@ -49,6 +61,12 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "LLM",
     "AsyncLLM",
     "SamplingParams",
+    "register_pass",
+    "unregister_pass",
+    "registered_pass",
+    "Pass",
+    "Match",
+    "Editor",
     "LlmlabError",
     "__version__",
 ]

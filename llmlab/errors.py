@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 
@@ -26,6 +28,10 @@ class UnsupportedModelError(LlmlabError):
     """A graph holds something that no pass or target handles; the message names it."""
 
 
+class PassError(LlmlabError):
+    """A pass raised something, or gave back something else than it should; the message names the pass and the node."""
+
+
 class EngineError(LlmlabError):
     """An engine folder is damaged, altered, or of a version that this llmlab can't run."""
 
@@ -42,3 +48,10 @@ def require(module: str, extra: str) -> ModuleType:
         raise MissingDependencyError(
             f"{module} is needed here and can't be imported ({error}): pip install 'llmlab[{extra}]'"
         ) from error
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What may have been meant by `name`, for the end of an error message."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:8]
+    return f"nearest: {', '.join(close)}" if close else "there are none"

@@ -18,6 +18,7 @@ from llmlab.graph.passes.recognise_mask import RecogniseMask
 from llmlab.graph.passes.remove_gqa_expansion import RemoveGQAExpansion
 from llmlab.graph.passes.share_common import ShareCommon
 from llmlab.graph.passes.simplify import MergeReshapes, RemoveNoOps, StaticReshape
+from llmlab.graph.pipeline import Pipeline
 from llmlab.graph.rewrite import Pass, run_pass
 from llmlab.graph.rows import mixing_node
 
@@ -42,15 +43,20 @@ PASSES: tuple[Callable[[], Pass], ...] = (
     MergeProducts,
     GatherLogits,
 )
-"""What `optimize` runs, in order."""
+"""What `optimize` runs, in order, with what users register between."""
+
+_pipeline = Pipeline(PASSES)
+register_pass = _pipeline.register_pass
+unregister_pass = _pipeline.unregister_pass
+registered_pass = _pipeline.registered_pass
 
 
 def optimize(graph: Graph, *, passes: Iterable[Callable[[], Pass]] | None = None) -> Graph:
     """Rewrite a plain graph into the serving graph (packed tokens, PagedAttention nodes); the input is not changed.
 
-    `graph.history` of the result holds a report per pass. With `passes`, run these instead, and promise nothing
-    about the result. Raises UnsupportedModelError, naming the node that didn't match and why, rather than return a
-    graph that might compute something else.
+    `graph.history` of the result holds a report per pass, those that `register_pass` added among them. With `passes`,
+    run these instead, and promise nothing about the result. Raises UnsupportedModelError, naming the node that didn't match and why, rather than return a
+    graph that might compute something else, and PassError where a pass fails.
     """
     if not isinstance(graph, Graph):
         raise InputError(f"expected a Graph, got {type(graph).__name__}: export a model first")
@@ -62,7 +68,7 @@ def optimize(graph: Graph, *, passes: Iterable[Callable[[], Pass]] | None = None
     if graph.kind != "plain":
         raise InputError("this graph is a serving graph already: build it, or start again from export")
     result.surgeon.cleanup().toposort()
-    for make in PASSES:
+    for make in _pipeline.passes():
         run_pass(make(), result)
     _verify(result)
     return result
