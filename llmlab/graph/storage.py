@@ -32,6 +32,11 @@ class DeferredValues(LazyValues):
     def load(self) -> np.ndarray:
         raise NotImplementedError(f"{type(self).__name__} computes nothing")
 
+    @property
+    def tensor(self) -> TensorProto:
+        """The values inside a protobuf, for `Graph.to_onnx`."""
+        return onnx.numpy_helper.from_array(self.load())
+
 
 class External(LazyValues):
     """A constant that lies in an external data file, as the protobuf refers to it."""
