@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     __version__: str
     from llmlab.build import build as build
     from llmlab.errors import LlmlabError as LlmlabError
+    from llmlab.graph.cut import cut as cut
     from llmlab.graph.edit import Editor as Editor
     from llmlab.graph.export import export as export
     from llmlab.graph.graph import Graph as Graph
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _HOME = {
     "export": "llmlab.graph.export",
     "optimize": "llmlab.graph.optimize",
+    "cut": "llmlab.graph.cut",
     "build": "llmlab.build",
     "Graph": "llmlab.graph.graph",
     "Engine": "llmlab.runtime.engine",
@@ -55,6 +57,7 @@ _HOME = {
 __all__ = [  # noqa: RUF022 (in the order of the road)
     "export",
     "optimize",
+    "cut",
     "build",
     "Graph",
     "Engine",
