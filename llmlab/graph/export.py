@@ -14,6 +14,7 @@ from llmlab.graph.trace import quiet, reason, trace
 from llmlab.graph.weights import locate_weights
 
 if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
     import torch
 
 
@@ -37,7 +38,7 @@ def export(
     require("onnxscript", "export")
     if isinstance(source, torch.nn.Module):
         model_config = _module_config(source, config)
-        return Graph(trace(source.eval(), {}), model_config)
+        return Graph(trace(source.eval(), {}, model_config.max_position_embeddings), model_config)
     if config is not None:
         raise InputError("config goes with a torch module; a checkpoint brings its own config.json")
     if not isinstance(source, (str, Path)):
@@ -45,8 +46,7 @@ def export(
             f"source is a {type(source).__name__}; expected a checkpoint folder, a hub id or a torch module"
         )
     checkpoint = Checkpoint(resolve(source))
-    model = _empty_model(checkpoint, trust_remote_code)
-    return Graph(trace(model, locate_weights(model, checkpoint)), checkpoint.config, checkpoint.assets)
+    return Graph(_trace_checkpoint(checkpoint, trust_remote_code), checkpoint.config, checkpoint.assets)
 
 
 def _module_config(module: torch.nn.Module, config: Mapping[str, Any] | ModelConfig | None) -> ModelConfig:
@@ -59,10 +59,19 @@ def _module_config(module: torch.nn.Module, config: Mapping[str, Any] | ModelCon
     return ModelConfig.from_hf(config)
 
 
-def _empty_model(checkpoint: Checkpoint, trust_remote_code: bool) -> torch.nn.Module:
-    """The transformers model of a checkpoint, its parameters allocated but never written: no memory is committed."""
-    torch = require("torch", "export")
-    transformers = require("transformers", "export")
+def _trace_checkpoint(checkpoint: Checkpoint, trust_remote_code: bool) -> gs.Graph:
+    """A checkpoint's graph, its attention as one call if the model and torch's exporter know it so, else in primitives."""
+    _refuse_unreadable(checkpoint, trust_remote_code)
+    for attention in ("sdpa", "eager"):
+        try:
+            model = _empty_model(checkpoint, trust_remote_code, attention)
+            return trace(model, locate_weights(model, checkpoint), checkpoint.config.max_position_embeddings)
+        except UnsupportedModelError as problem:
+            refusal = problem
+    raise refusal
+
+
+def _refuse_unreadable(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
     raw = checkpoint.config.raw
     if raw.get("quantization_config"):
         given = raw["quantization_config"]
@@ -74,13 +83,19 @@ def _empty_model(checkpoint: Checkpoint, trust_remote_code: bool) -> torch.nn.Mo
         raise UnsupportedModelError(
             f"{checkpoint.folder}: brings its own code; pass trust_remote_code=True if you trust it"
         )
+
+
+def _empty_model(checkpoint: Checkpoint, trust_remote_code: bool, attention: str) -> torch.nn.Module:
+    """The transformers model of a checkpoint, its parameters allocated but never written: no memory is committed."""
+    torch = require("torch", "export")
+    transformers = require("transformers", "export")
     from transformers.initialization import no_init_weights
 
     try:
         with quiet(), no_init_weights():
             config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
             model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+                config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
             )
     except Exception as problem:  # transformers raises whatever its model code raises
         raise UnsupportedModelError(

@@ -28,13 +28,14 @@ _ROOT = "root."  # the wrapper's attribute; not part of any name that people see
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # torch's name for what no module made
 
 
-def trace(model: torch.nn.Module, weights: Mapping[str, StoredWeight]) -> gs.Graph:
-    """Trace `model` and bring the trace to the surgeon, with `weights` in the places of the model's own parameters."""
+def trace(model: torch.nn.Module, weights: Mapping[str, StoredWeight], longest: int) -> gs.Graph:
+    """Trace `model`, for sequences of less than `longest` tokens (where stored masks and biases end), and bring the trace
+    to the surgeon, with `weights` in the places of the model's own parameters."""
     torch = require("torch", "export")
     wrapper = _wrap(model)
     ids = torch.zeros(2, 7, dtype=torch.long)
     positions = torch.arange(7).expand(2, 7)
-    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=max(longest - 1, ids.shape[1]))
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(
@@ -103,6 +104,9 @@ def _import(model: Any, weights: Mapping[str, StoredWeight]) -> gs.Graph:
         initializer.const_value = ExternalTensor("weights", 0, 0, stand_in.dtype, shape=stand_in.shape, name=name)
     _name_nodes(model)
     graph = gs.import_onnx(onnx.shape_inference.infer_shapes(to_proto(model), data_prop=True))
+    for node in graph.nodes:
+        if node.op == "Constant" and node.attrs.get("value_ints") == []:  # typeless: the surgeon couldn't write it
+            node.attrs = {"value": gs.Constant(f"{node.name}/value", np.zeros(0, np.int64))}
     for name, tensor in graph.tensors().items():
         if not isinstance(tensor, gs.Constant):
             continue

@@ -20,28 +20,29 @@ from llmlab.graph.interpret import Interpreter
 from llmlab.graph.optimize import optimize
 
 TOLERANCE = 1e-4
-NO_SDPA = "does not support an attention implementation through torch.nn.functional.scaled_dot_product_attention"
+NOT_FOUND = "no attention was found in its graph"
+NOT_TRACED = "torch can't export it"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "gemma2": ({"model_type": "gemma2", "head_dim": 16}, NO_SDPA),
-    "bloom": ({"model_type": "bloom", "n_layer": 2, "n_head": 4}, NO_SDPA),
+    "gemma2": ({"model_type": "gemma2", "head_dim": 16}, NOT_FOUND),
+    "bloom": ({"model_type": "bloom", "n_layer": 2, "n_head": 4}, NOT_FOUND),
     "gpt2": (
         {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_positions": 64, "n_embd": 64},
         "may mix tokens of different sequences",
     ),
-    "mamba": ({"model_type": "mamba"}, NO_SDPA),
+    "mamba": ({"model_type": "mamba"}, NOT_TRACED),
 }
 REFUSED_SLOW: dict[str, tuple[dict[str, Any], str]] = {
     "phi3": ({"model_type": "phi3"}, "may mix tokens of different sequences"),
     "opt": ({"model_type": "opt", "ffn_dim": 80, "word_embed_proj_dim": 64}, "may mix tokens of different sequences"),
     "cohere": ({"model_type": "cohere"}, "model.rotary_emb/Expand"),
-    "falcon": ({"model_type": "falcon"}, "torch can't export it: SDPA (MHA) requires q_num_heads = kv_num_heads"),
+    "falcon": ({"model_type": "falcon"}, NOT_FOUND),
     "dynamic rope": (
         {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
         "torch can't export it: Could not guard on data-dependent expression",
     ),
     "gpt_neo": (
         {"model_type": "gpt_neo", "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-        NO_SDPA,
+        NOT_FOUND,
     ),
     "mixtral": (
         {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -88,7 +89,7 @@ def refusal(folder: Path, config: dict[str, Any]) -> str:
 def test_architectures_that_are_refused(tmp_path: Path, name: str) -> None:
     config, reason = REFUSED[name]
     message = refusal(tmp_path / "c", config)
-    assert reason in message and config["model_type"] in message
+    assert reason in message and config["model_type"] in message.lower()
 
 
 @pytest.mark.slow
