@@ -17,6 +17,7 @@ from llmlab.graph.graph import Graph
 from llmlab.graph.optimize import optimize
 from llmlab.graph.passes.fold_constants import FoldConstants
 from llmlab.graph.rewrite import Pass, PassReport
+from llmlab.graph.storage import from_proto
 
 CONFIG = ModelConfig("toy", vocab_size=12, hidden_size=8, num_layers=1, num_heads=2, max_position_embeddings=64)
 HEADER = '<ir_version: 11, opset_import: ["": 23, "com.microsoft": 1]>'
@@ -70,7 +71,7 @@ def small_graph(text: str, *, fold: bool = True, **initializers: NDArray) -> Gra
     for node in model.graph.node:
         node.name = f"m.{node.output[0]}/{node.op_type}"
     model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    surgeon = gs.import_onnx(model)
+    surgeon = from_proto(model)
     for tensor in surgeon.tensors().values():
         if isinstance(tensor, gs.Constant):
             tensor.values = np.asarray(tensor.values)

@@ -8,6 +8,7 @@ from llmlab.errors import InputError, UnsupportedModelError
 from llmlab.graph.graph import Graph
 from llmlab.graph.passes.drop_batch_axis import DropBatchAxis
 from llmlab.graph.passes.fold_constants import FoldConstants
+from llmlab.graph.passes.fuse_layer_norm import FuseLayerNorm
 from llmlab.graph.passes.fuse_rms_norm import FuseRMSNorm
 from llmlab.graph.passes.fuse_rope import FuseRoPE
 from llmlab.graph.passes.gather_logits import GatherLogits
@@ -30,6 +31,7 @@ PASSES: tuple[Callable[[], Pass], ...] = (
     StaticReshape,
     RemoveNoOps,
     ShareCommon,
+    FuseLayerNorm,
     FuseRMSNorm,
     FuseRoPE,
     RemoveGQAExpansion,

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from llmlab.errors import GraphError
 from llmlab.files import read_bytes
@@ -98,6 +99,16 @@ def _swapped(tensors: list[gs.Constant]) -> Iterator:
             tensor._values = values
 
 
+def from_proto(proto: onnx.ModelProto) -> gs.Graph:
+    """The surgeon's graph of an ONNX model, with NumPy types throughout: the surgeon leaves a bfloat16 as its code."""
+    with G_LOGGER.suppress(G_LOGGER.ERROR):  # it warns of what is mended here
+        graph = gs.import_onnx(proto)
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and isinstance(tensor.dtype, int) and tensor.dtype:
+            tensor.dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.dtype))
+    return graph
+
+
 def read_onnx(folder: Path, model: str = MODEL, weights: str = WEIGHTS) -> gs.Graph:
     """Open what `write_onnx` wrote. Refuses weights outside `folder/weights` or past its end (GraphError)."""
     path = folder / model
@@ -116,7 +127,7 @@ def read_onnx(folder: Path, model: str = MODEL, weights: str = WEIGHTS) -> gs.Gr
         if tensor.data_location == TensorProto.EXTERNAL:
             arrays[tensor.name] = _map(path, tensor, data, size)
     try:
-        graph = gs.import_onnx(proto)
+        graph = from_proto(proto)
         for tensor in graph.tensors().values():
             if isinstance(tensor, gs.Constant):
                 tensor.data_location = None

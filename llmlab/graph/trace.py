@@ -18,7 +18,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from llmlab.errors import InputError, UnsupportedModelError, require
 from llmlab.graph.graph import OPSET
-from llmlab.graph.storage import onnx_dtype
+from llmlab.graph.storage import from_proto, onnx_dtype
 from llmlab.graph.weights import StoredWeight
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _import(model: Any, weights: Mapping[str, StoredWeight]) -> gs.Graph:
         stand_in = initializer.const_value
         initializer.const_value = ExternalTensor("weights", 0, 0, stand_in.dtype, shape=stand_in.shape, name=name)
     _name_nodes(model)
-    graph = gs.import_onnx(onnx.shape_inference.infer_shapes(to_proto(model), data_prop=True))
+    graph = from_proto(onnx.shape_inference.infer_shapes(to_proto(model), data_prop=True))
     for node in graph.nodes:
         if node.op == "Constant" and node.attrs.get("value_ints") == []:  # typeless: the surgeon couldn't write it
             node.attrs = {"value": gs.Constant(f"{node.name}/value", np.zeros(0, np.int64))}
