@@ -41,7 +41,7 @@ def build(
         max_seq_len=_size("max_seq_len", max_seq_len, min(longest, DEFAULT_MAX_SEQ_LEN), longest),
         max_tokens_per_step=_size("max_tokens_per_step", max_tokens_per_step, DEFAULT_MAX_TOKENS_PER_STEP, 1 << 16),
     )
-    from llmlab.graph.lower.onnxruntime import lower
+    from llmlab.graph.lower.onnxruntime import kv_layers, lower
 
     capacity = slot_capacity(limits)
     lowered = lower(graph, capacity)
@@ -49,9 +49,7 @@ def build(
         target=target,
         precision="float32",
         model=graph.config.to_dict(),
-        kv=KVLayout(
-            "slots", "float32", capacity, tuple((layer.kv_heads, layer.head_dim) for layer in graph.kv_layers())
-        ),
+        kv=KVLayout("slots", "float32", capacity, kv_layers(lowered)),
         limits=limits,
         eos_token_ids=eos_ids(graph.config, graph.assets),
         generation=generation_config(graph.assets),

@@ -38,6 +38,8 @@ def paged_attention(
     position_ids: NDArray[np.int64],
     cos: Array | None = None,
     sin: Array | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
     *,
     num_heads: int,
     kv_num_heads: int,
@@ -52,7 +54,11 @@ def paged_attention(
     q: [T, num_heads · head_dim], k and v: [T, kv_num_heads · head_dim], before RoPE where cos and sin are given.
     kv_cache: [2, blocks, kv_num_heads, block_size, head_dim], keys first. query_start [B+1], kv_len [B] (keys after
     this step), block_table [B, max_blocks], position_ids [T]: as in the serving graph.
-    window: keys a token sees, itself included; 0 for all. softcap: scores become softcap · tanh(score / softcap); 0 for none.
+    cos, sin: [max_position, rotary_dim / 2], as for `rope`. alibi_slopes [num_heads]: slope · (key − query) is added to each
+    score (ALiBi: Press et al., 2022). sinks [num_heads]: a logit in each softmax's denominator that no value belongs to
+    (Xiao et al., 2024, as gpt-oss learns it).
+    window: keys a token sees, itself included; 0 for all. softcap: scores become softcap · tanh(score / softcap), before
+    ALiBi; 0 for none.
 
     Returns the result [T, num_heads · head_dim] and the pool with the new keys and values written (the given pool
     is not touched).
@@ -81,7 +87,15 @@ def paged_attention(
             score = (q[rows, h] @ keys[:, group].T) * scale
             if softcap:
                 score = softcap * np.tanh(score / softcap)
+            if alibi_slopes is not None:
+                score = score + alibi_slopes[h] * (index - at).astype(score.dtype)
             score = np.where(visible, score, -np.inf)
-            weight = np.exp(score - score.max(-1, keepdims=True))
-            out[rows, h] = (weight / weight.sum(-1, keepdims=True)) @ values[:, group]
+            most = score.max(-1, keepdims=True)
+            if sinks is not None:
+                most = np.maximum(most, sinks[h])
+            weight = np.exp(score - most)
+            total = weight.sum(-1, keepdims=True)
+            if sinks is not None:
+                total = total + np.exp(sinks[h] - most)
+            out[rows, h] = (weight / total) @ values[:, group]
     return out.reshape(tokens, num_heads * head_dim), pool

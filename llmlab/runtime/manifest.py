@@ -32,7 +32,7 @@ def slot_capacity(limits: Limits) -> int:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """How the KV cache lies: `slots` (one block a sequence), element type, and (kv_heads, head_dim) of each layer."""
+    """How the KV cache lies: `slots` (one block a sequence), element type, and (kv_heads, channels of a head) of each layer."""
 
     layout: str
     dtype: str

@@ -48,6 +48,8 @@ def by_hand(
     softcap: float,
     roped: bool,
     interleaved: bool,
+    alibi_slopes: np.ndarray | None = None,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
     """Causal attention of one whole sequence [tokens, heads, dim], with loops."""
     out = np.zeros_like(q)
@@ -60,23 +62,33 @@ def by_hand(
             for s in range(first, t + 1):
                 key = turned(k[s, group], s, interleaved) if roped else k[s, group]
                 score = float(query @ key) * scale
-                scores.append(softcap * math.tanh(score / softcap) if softcap else score)
+                score = softcap * math.tanh(score / softcap) if softcap else score
+                scores.append(score - float(alibi_slopes[h]) * (t - s) if alibi_slopes is not None else score)
+            if sinks is not None:
+                scores.append(float(sinks[h]))
             weights = np.exp(np.array(scores) - max(scores))
-            out[t, h] = (weights / weights.sum()) @ v[first : t + 1, group]
+            out[t, h] = (weights / weights.sum())[: t + 1 - first] @ v[first : t + 1, group]
     return out
+
+
+SLOPES = np.array([0.5, 0.25, 0.1, 2.0], np.float32)
+SINKS = np.array([0.3, -5.0, 40.0, 1.0], np.float32)
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
+        {"alibi_slopes": SLOPES},
+        {"sinks": SINKS},
+        {"alibi_slopes": SLOPES, "sinks": SINKS, "window": 3, "softcap": 1.0, "roped": True},
         {"window": 1},
         {"window": 5},
         {"softcap": 2.0},
         {"roped": True},
         {"roped": True, "interleaved": True, "window": 3, "softcap": 1.0},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options) or "plain",
 )
 def test_ragged_steps_over_scattered_blocks(options: dict) -> None:
     """Three sequences arrive in pieces; what no token was written to is NaN and must never be read."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmlab.errors import UnsupportedModelError
-from llmlab.graph.edit import Editor, constant_expression, ints, operand, other, producer, scope, value
+from llmlab.graph.edit import Editor, constant_expression, ints, operand, other, producer, scope
 from llmlab.graph.graph import Graph
+from llmlab.graph.lower.onnxruntime_attention import AttentionLowering
 from llmlab.graph.lower.weights import defer_weights
 from llmlab.graph.passes.merge_products import linear
 
 _INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
-_ORT_DOMAIN = "com.microsoft"
-_HEAD_DIM_STEP = 8
-_QUERY_SEQLENS = 16  # input of GroupQueryAttention: new tokens of each row
 
 LOWERED_INPUTS = (
     "input_ids",
@@ -34,7 +31,7 @@ def lower(graph: Graph, capacity: int) -> Graph:
     `unpack_index` i64 [R, S] (row of the step that lies there; any where none does), `pack_index` i64 [T] (row · S +
     offset), `seqlens_k` i32 [R] (keys after the step, minus one), `query_seqlens` i32 [R] (new tokens, 0 for an idle
     slot). Each KV pool becomes `past_key.i` and `past_value.i`
-    [R, kv_heads, capacity, head_dim], to be bound to the same memory as `present_key.i` and `present_value.i`.
+    [R, kv_heads, capacity, channels] (`kv_layers`), to be bound to the same memory as `present_key.i` and `present_value.i`.
     """
     result = graph.copy()
     edit = Editor(result)
@@ -49,10 +46,10 @@ def lower(graph: Graph, capacity: int) -> Graph:
     surgeon.inputs = [named["input_ids"], named["position_ids"], named["logits_index"], *indices.values()]
     surgeon.outputs = [t for t in surgeon.outputs if t.name == "logits"]
     attention = [n for n in surgeon.nodes if n.op == "PagedAttention"]
-    packed = [_packed_qkv(node) for node in attention]
-    tables = _RopeTables(edit, capacity)
+    lowering = AttentionLowering(edit, indices | {"position_ids": named["position_ids"]}, capacity)
+    packed = [lowering.packed_qkv(node) for node in attention]
     for layer, (node, qkv) in enumerate(zip(attention, packed, strict=True)):
-        _lower_attention(edit, node, qkv, layer, indices, tables)
+        lowering.lower(node, qkv, layer)
     surgeon.cleanup().toposort()
     _split_products(edit, {id(producer(qkv)) for qkv in packed if qkv is not None})
     _lower_products(edit)
@@ -64,89 +61,9 @@ def lower(graph: Graph, capacity: int) -> Graph:
     return result
 
 
-class _RopeTables:
-    """cos and sin with a row for every place in a slot: GroupQueryAttention wants as many, though none beyond the model's
-    longest sequence is ever read."""
-
-    def __init__(self, edit: Editor, capacity: int) -> None:
-        self.capacity = capacity
-        self.total = edit.constant("slot_capacity", np.array(capacity, np.int32))
-        self._edit = edit
-        self._made: dict[int, gs.Constant] = {}
-
-    def extended(self, table: gs.Tensor | None) -> gs.Tensor | None:
-        if table is None:
-            return None
-        if id(table) not in self._made:
-            rows = np.asarray(value(table, limit=1 << 31))
-            missing = max(0, self.capacity - len(rows))
-            self._made[id(table)] = self._edit.constant(
-                table.name, np.pad(rows, ((0, missing), (0, 0)), mode="edge")[: self.capacity]
-            )
-        return self._made[id(table)]
-
-
-def _packed_qkv(node: gs.Node) -> gs.Tensor | None:
-    """The tensor [T, (heads + 2 · kv_heads) · dim] that q, k and v are a Split of, if they are and nothing else reads it."""
-    split = producer(node.inputs[0], "Split")
-    if split is None or [id(t) for t in split.outputs] != [id(t) for t in node.inputs[:3]]:
-        return None
-    return split.inputs[0] if all(len(t.outputs) == 1 for t in split.outputs) else None
-
-
-def _lower_attention(
-    edit: Editor, node: gs.Node, qkv: gs.Tensor | None, layer: int, indices: dict[str, gs.Variable], tables: _RopeTables
-) -> None:
-    where, attrs = scope(node), node.attrs
-    heads, kv_heads, dim = attrs["num_heads"], attrs["kv_num_heads"], attrs["head_dim"]
-    dtype = np.dtype(node.inputs[0].dtype)
-    if dtype != np.float32:
-        raise UnsupportedModelError(
-            f"{node.name}: attention in {dtype}; ONNX Runtime's CPU wants float32: build from an unconverted graph"
-        )
-    if dim % _HEAD_DIM_STEP:
-        raise UnsupportedModelError(
-            f"{node.name}: head_dim is {dim}; ONNX Runtime's attention wants a multiple of {_HEAD_DIM_STEP}"
-        )
-    rows = [qkv] if qkv is not None else list(node.inputs[:3])
-    unpacked: list[gs.Tensor | None] = [
-        edit.add("Gather", where, [t, indices["unpack_index"]], {"axis": 0}, dtype=dtype, shape=["R", "S", t.shape[-1]])
-        for t in rows
-    ]
-    unpacked += [None] * (3 - len(unpacked))
-    cache_shape = ["R", kv_heads, tables.capacity, dim]
-    past = [gs.Variable(f"past_{what}.{layer}", dtype, cache_shape) for what in ("key", "value")]
-    edit.surgeon.inputs.extend(past)
-    cos, sin = tables.extended(operand(node, 8)), tables.extended(operand(node, 9))
-    inputs = [*unpacked, *past, indices["seqlens_k"], tables.total, cos, sin]
-    inputs += [None] * (_QUERY_SEQLENS - len(inputs)) + [indices["query_seqlens"]]
-    options = {
-        "num_heads": heads,
-        "kv_num_heads": kv_heads,
-        "scale": attrs["scale"],
-        "do_rotary": int(cos is not None),
-        "rotary_interleaved": attrs["interleaved"],
-        "local_window_size": attrs["window"] or -1,
-        "softcap": attrs["softcap"],
-    }
-    out, *present = edit.add_many(
-        "GroupQueryAttention",
-        where,
-        inputs,
-        options,
-        [(dtype, ["R", "S", heads * dim]), (dtype, cache_shape), (dtype, cache_shape)],
-        domain=_ORT_DOMAIN,
-    )
-    for what, tensor in zip(("key", "value"), present, strict=True):
-        tensor.name = f"present_{what}.{layer}"
-    edit.surgeon.outputs.extend(present)
-    flat_shape = edit.constant(f"{where}/flat", np.array([-1, heads * dim], np.int64))
-    flat = edit.add("Reshape", where, [out, flat_shape], dtype=dtype, shape=[None, heads * dim])
-    packed = edit.add(
-        "Gather", where, [flat, indices["pack_index"]], {"axis": 0}, dtype=dtype, shape=["T", heads * dim]
-    )
-    edit.replace(node.outputs[0], packed)
-    node.outputs.clear()
+def kv_layers(lowered: Graph) -> tuple[tuple[int, int], ...]:
+    """(kv_heads, channels of a head) of each layer's slots, as the lowered graph wants them."""
+    return tuple((t.shape[1], t.shape[3]) for t in lowered.surgeon.inputs if t.name.startswith("past_key."))
 
 
 def _split_products(edit: Editor, keep: set[int]) -> None:

@@ -1,0 +1,198 @@
+"""PagedAttention → GroupQueryAttention of ONNX Runtime's CPU, which does in-flight batching over slots.
+
+It takes window, softcap, sinks and most RoPE as they are. What it lacks is brought into a form that it has: RoPE of other
+sizes becomes a node in front of it, odd heads are filled up with zeros, and ALiBi becomes one more channel of each head.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from llmlab.errors import UnsupportedModelError
+from llmlab.graph.edit import Editor, operand, producer, scope, value
+
+_DOMAIN = "com.microsoft"
+_WIDTH_STEP = 8  # channels of a head come in multiples of this
+_ROTARY_STEP = 16  # and of this where the operator turns them itself; the channels that turn do as well
+_ALIBI_SLOPES, _SINKS = 10, 11  # inputs of PagedAttention
+_HEAD_SINK, _QUERY_SEQLENS = 11, 16  # inputs of GroupQueryAttention: a logit per head, new tokens of each row
+_F32 = np.dtype(np.float32)
+
+
+class AttentionLowering:
+    """Lowers the PagedAttention nodes of one graph, in order; they share indices and tables.
+
+    indices: `unpack_index`, `pack_index`, `seqlens_k`, `query_seqlens` and `position_ids`, as `lower` describes them.
+    """
+
+    def __init__(self, edit: Editor, indices: dict[str, gs.Variable], capacity: int) -> None:
+        self._edit = edit
+        self._indices = indices
+        self._capacity = capacity
+        self._total = edit.constant("slot_capacity", np.array(capacity, np.int32))
+        self._tables: dict[int, gs.Constant] = {}
+
+    def packed_qkv(self, node: gs.Node) -> gs.Tensor | None:
+        """The tensor [T, (heads + 2 · kv_heads) · dim] that the operator can read whole: q, k and v are a Split of it, which
+        nothing else reads, and they go in as they are."""
+        split = producer(node.inputs[0], "Split")
+        if split is None or [id(t) for t in split.outputs] != [id(t) for t in node.inputs[:3]]:
+            return None
+        if _width(node) != node.attrs["head_dim"] or not (_turns_inside(node) or operand(node, 8) is None):
+            return None
+        return split.inputs[0] if all(len(t.outputs) == 1 for t in split.outputs) else None
+
+    def lower(self, node: gs.Node, qkv: gs.Tensor | None, layer: int) -> None:
+        """Replace `node`, with q, k and v in one where `packed_qkv` found them, and its KV pool by that of `layer`."""
+        edit, where, attrs = self._edit, scope(node), node.attrs
+        heads, kv_heads, dim, width = attrs["num_heads"], attrs["kv_num_heads"], attrs["head_dim"], _width(node)
+        dtype = np.dtype(node.inputs[0].dtype)
+        if dtype != np.float32:
+            raise UnsupportedModelError(
+                f"{node.name}: attention in {dtype}; ONNX Runtime's CPU wants float32: build from an unconverted graph"
+            )
+        if operand(node, _ALIBI_SLOPES) is not None and (attrs["softcap"] or operand(node, _SINKS) is not None):
+            raise UnsupportedModelError(
+                f"{node.name}: ALiBi beside a softcap or sinks, which ONNX Runtime's attention can't do"
+            )
+        turns = _turns_inside(node)
+        rows = [qkv] if qkv is not None else self._shaped(node, turns, width)
+        unpacked: list[gs.Tensor | None] = [
+            edit.add(
+                "Gather",
+                where,
+                [t, self._indices["unpack_index"]],
+                {"axis": 0},
+                dtype=dtype,
+                shape=["R", "S", t.shape[-1]],
+            )
+            for t in rows
+        ]
+        unpacked += [None] * (3 - len(unpacked))
+        cache_shape = ["R", kv_heads, self._capacity, width]
+        past = [gs.Variable(f"past_{what}.{layer}", dtype, cache_shape) for what in ("key", "value")]
+        edit.surgeon.inputs.extend(past)
+        cos, sin = (self._by_slot(operand(node, i)) if turns else None for i in (8, 9))
+        inputs = [*unpacked, *past, self._indices["seqlens_k"], self._total, cos, sin]
+        inputs += [None] * (_HEAD_SINK - len(inputs)) + [operand(node, _SINKS)]
+        inputs += [None] * (_QUERY_SEQLENS - len(inputs)) + [self._indices["query_seqlens"]]
+        options = {
+            "num_heads": heads,
+            "kv_num_heads": kv_heads,
+            "scale": attrs["scale"],
+            "do_rotary": int(turns),
+            "rotary_interleaved": attrs["interleaved"] if turns else 0,
+            "local_window_size": attrs["window"] or -1,
+            "softcap": attrs["softcap"],
+        }
+        out, *present = edit.add_many(
+            "GroupQueryAttention",
+            where,
+            inputs,
+            options,
+            [(dtype, ["R", "S", heads * width]), (dtype, cache_shape), (dtype, cache_shape)],
+            domain=_DOMAIN,
+        )
+        for what, tensor in zip(("key", "value"), present, strict=True):
+            tensor.name = f"present_{what}.{layer}"
+        edit.surgeon.outputs.extend(present)
+        flat = self._reshape(where, out, [-1, heads * width])
+        packed = edit.add(
+            "Gather",
+            where,
+            [flat, self._indices["pack_index"]],
+            {"axis": 0},
+            dtype=dtype,
+            shape=["T", heads * width],
+        )
+        edit.replace(node.outputs[0], self._cut(where, packed, heads, width, dim))
+        node.outputs.clear()
+
+    def _shaped(self, node: gs.Node, turns: bool, width: int) -> list[gs.Tensor]:
+        """q, k, v [T, heads · width], turned unless the operator does it, with zeros and ALiBi's channel behind each head.
+
+        The bias slope · (key − query) is, up to a constant for each query, which a softmax without a sink doesn't see, the
+        product of one channel: slope / scale in q, the key's position in k, nothing in v.
+        """
+        attrs, where, dim = node.attrs, scope(node), node.attrs["head_dim"]
+        rows: list[gs.Tensor] = list(node.inputs[:3])
+        heads = [attrs["num_heads"], attrs["kv_num_heads"], attrs["kv_num_heads"]]
+        if operand(node, 8) is not None and not turns:
+            rows[:2] = [self._turned(node, t, n) for t, n in zip(rows[:2], heads[:2], strict=True)]
+        if width == dim:
+            return rows
+        split = [self._reshape(where, t, [0, n, dim]) for t, n in zip(rows, heads, strict=True)]
+        edge = self._edit.constant(f"{where}/edge", np.array([0, 0, 0, 0, 0, width - dim], np.int64))
+        wide: list[gs.Tensor] = [
+            self._edit.add("Pad", where, [t, edge], dtype=_F32, shape=["T", n, width])
+            for t, n in zip(split, heads, strict=True)
+        ]
+        slopes = value(operand(node, _ALIBI_SLOPES))
+        if slopes is not None:
+            channel = np.zeros((1, 1, width), np.float32)
+            channel[..., dim] = 1
+            weights = slopes.astype(np.float32).reshape(1, -1, 1) / attrs["scale"] * channel
+            position = self._edit.add(
+                "Cast", where, [self._indices["position_ids"]], {"to": 1}, dtype=_F32, shape=["T"]
+            )
+            column = self._reshape(where, position, [-1, 1, 1])
+            of_key = self._edit.constant(f"{where}/position_channel", channel)
+            of_query = self._edit.constant(f"{where}/slope_channel", weights.astype(np.float32))
+            placed = self._edit.add("Mul", where, [column, of_key], dtype=_F32, shape=["T", 1, width])
+            for i, extra in enumerate((of_query, placed)):
+                wide[i] = self._edit.add("Add", where, [wide[i], extra], dtype=_F32, shape=["T", heads[i], width])
+        return [self._reshape(where, t, [0, n * width]) for t, n in zip(wide, heads, strict=True)]
+
+    def _turned(self, node: gs.Node, rows: gs.Tensor, heads: int) -> gs.Tensor:
+        """RoPE of rows [T, heads · dim] as a node of its own."""
+        edit, where, (cos, sin) = self._edit, scope(node), node.inputs[8:10]
+        axis = edit.constant("batch_axis", np.array([0], np.int64))
+        batch = edit.add("Unsqueeze", where, [rows, axis], dtype=_F32, shape=[1, *rows.shape])
+        positions = self._indices["position_ids"]
+        row = edit.add("Unsqueeze", where, [positions, axis], dtype=positions.dtype, shape=[1, "T"])
+        options = {
+            "interleaved": node.attrs["interleaved"],
+            "num_heads": heads,
+            "rotary_embedding_dim": 2 * int(cos.shape[1]),
+        }
+        turned = edit.add("RotaryEmbedding", where, [batch, cos, sin, row], options, dtype=_F32, shape=batch.shape)
+        return edit.add("Squeeze", where, [turned, axis], dtype=_F32, shape=rows.shape)
+
+    def _cut(self, where: str, packed: gs.Tensor, heads: int, width: int, dim: int) -> gs.Tensor:
+        """[T, heads · width] → [T, heads · dim]: the channels that were added go."""
+        if width == dim:
+            return packed
+        split = self._reshape(where, packed, [0, heads, width])
+        bounds = [self._edit.constant(f"{where}/cut", np.array([n], np.int64)) for n in (0, dim, 2)]
+        short = self._edit.add("Slice", where, [split, *bounds], dtype=_F32, shape=["T", heads, dim])
+        return self._reshape(where, short, [0, heads * dim])
+
+    def _by_slot(self, table: gs.Tensor | None) -> gs.Tensor | None:
+        """cos or sin with a row for every place in a slot: the operator wants as many, though none beyond the model's
+        longest sequence is ever read."""
+        if table is None:
+            return None
+        if id(table) not in self._tables:
+            rows = np.asarray(value(table, limit=1 << 31))
+            missing = max(0, self._capacity - len(rows))
+            padded = np.pad(rows, ((0, missing), (0, 0)), mode="edge")[: self._capacity]
+            self._tables[id(table)] = self._edit.constant(table.name, padded)
+        return self._tables[id(table)]
+
+    def _reshape(self, where: str, tensor: gs.Tensor, target: list[int]) -> gs.Variable:
+        sizes = self._edit.constant(f"{where}/sizes", np.asarray(target, np.int64))
+        shape = ["T" if size == 0 else None if size == -1 else size for size in target]
+        return self._edit.add("Reshape", where, [tensor, sizes], dtype=tensor.dtype, shape=shape)
+
+
+def _width(node: gs.Node) -> int:
+    """Channels of a head in the operator and in its cache."""
+    needed = node.attrs["head_dim"] + (operand(node, _ALIBI_SLOPES) is not None)
+    return -(-needed // _WIDTH_STEP) * _WIDTH_STEP
+
+
+def _turns_inside(node: gs.Node) -> bool:
+    """Whether the operator can do the node's RoPE."""
+    cos = operand(node, 8)
+    return cos is not None and _width(node) % _ROTARY_STEP == 0 and 2 * int(cos.shape[1]) % _ROTARY_STEP == 0
