@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from llmlab.build import build as build
     from llmlab.errors import LlmlabError as LlmlabError
     from llmlab.graph.cut import cut as cut
+    from llmlab.graph.diff import GraphDiff as GraphDiff
+    from llmlab.graph.diff import diff as diff
     from llmlab.graph.edit import Editor as Editor
     from llmlab.graph.export import export as export
     from llmlab.graph.graph import Graph as Graph
@@ -45,6 +47,8 @@ _HOME = {
     "LLM": "llmlab.runtime.llm",
     "AsyncLLM": "llmlab.runtime.async_llm",
     "SamplingParams": "llmlab.runtime.params",
+    "diff": "llmlab.graph.diff",
+    "GraphDiff": "llmlab.graph.diff",
     "register_pass": "llmlab.graph.optimize",
     "unregister_pass": "llmlab.graph.optimize",
     "registered_pass": "llmlab.graph.optimize",
@@ -64,6 +68,8 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "LLM",
     "AsyncLLM",
     "SamplingParams",
+    "diff",
+    "GraphDiff",
     "register_pass",
     "unregister_pass",
     "registered_pass",

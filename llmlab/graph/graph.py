@@ -16,9 +16,11 @@ from llmlab.checkpoint import ASSETS
 from llmlab.config import ModelConfig
 from llmlab.errors import GraphError
 from llmlab.files import atomic_folder, read_bytes, read_json, write_json
+from llmlab.graph.diff import GraphDiff, diff
 from llmlab.graph.report import History, PassReport
 from llmlab.graph.storage import constants, read_onnx, write_onnx
 from llmlab.graph.tables import NodeTable
+from llmlab.graph.why import Why, why
 
 FORMAT = 1
 """Version of the folder that `Graph.save` writes."""
@@ -86,6 +88,19 @@ class Graph:
     def weight_bytes(self) -> int:
         """Bytes of all constants, each counted once."""
         return sum(int(t._values.nbytes) for t in constants(self.surgeon))
+
+    def diff(self, other: Graph) -> GraphDiff:
+        """What is different in `other`, seen from this graph. The same as `llmlab.diff(self, other)`."""
+        return diff(self, other)
+
+    def why(self, place: str) -> Why:
+        """What each pass did at `place`, and what kept the others from it: from the history, so also once loaded.
+
+        place: a part of a module's path, such as `layers.0.self_attn` (and all that lies in it) or `mlp` (of every
+        layer), or the end of a node's name, such as `self_attn/PagedAttention`.
+        Raises InputError, with the nearest names, if nothing of that name is or ever was in the graph.
+        """
+        return why(self, place)
 
     def to_onnx(self) -> onnx.ModelProto:
         """The model as one protobuf with its weights inside; for graphs under 2 GB. `save` takes any size."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import onnx_graphsurgeon as gs
 
 from llmlab.errors import LlmlabError, PassError
-from llmlab.graph.diff import diff, snapshot
+from llmlab.graph.diff import compare
 from llmlab.graph.edit import Editor
 from llmlab.graph.graph import Graph
-from llmlab.graph.report import NearMiss, PassReport
+from llmlab.graph.report import NearMiss, PassReport, Rewrite
+from llmlab.graph.snapshot import Snapshot, snapshot
 
 
 class Match(SimpleNamespace):
@@ -58,39 +62,85 @@ def run_pass(rule: Pass, graph: Graph) -> PassReport:
     Raises PassError where the pass raises something that isn't an LlmlabError; the graph may be half rewritten then.
     """
     start = time.perf_counter()
-    before = snapshot(graph.surgeon)
+    before, bytes_before = snapshot(graph.surgeon), graph.weight_bytes
     edit = Editor(graph)
-    matches = rewrites = 0
+    places: list[Rewrite] = []
     misses: list[NearMiss] = []
     for match in _found(rule, edit):
-        matches += 1
+        name = match.node.name  # of the anchor, which may be gone afterwards
         with _named(rule, "check", match.node):
             reason = rule.check(edit, match)
             if not (reason is None or (isinstance(reason, str) and reason)):
                 raise TypeError(f"check gave {reason!r}, expected None or the reason as text")
         if reason is None:
+            count = len(edit.surgeon.nodes)
             with _named(rule, "rewrite", match.node):
                 rule.rewrite(edit, match)
-            rewrites += 1
+            places.append(Rewrite(name, tuple(n.name for n in edit.surgeon.nodes[count:])))
         else:
-            misses.append(NearMiss(match.node.name, reason))
-    if rewrites:
+            misses.append(NearMiss(name, reason))
+    after = before
+    if places:
         with _named(rule, "rewrite", None):
             graph.surgeon.cleanup().toposort()
-    after = snapshot(graph.surgeon)
+        after = snapshot(graph.surgeon)
+    changes = compare(before, after)
     report = PassReport(
         name=rule.name,
         summary=(type(rule).__doc__ or "").strip().partition("\n")[0],
-        matches=matches,
-        rewrites=rewrites,
+        matches=len(places) + len(misses),
+        rewrites=len(places),
         near_misses=tuple(misses),
-        nodes_before=len(before),
-        nodes_after=len(after),
+        nodes_before=len(before.nodes),
+        nodes_after=len(after.nodes),
+        diff=changes,
+        places=_with_removed(places, before, changes.removed),
+        run=1 + sum(r.name == rule.name for r in graph.history),
+        source=_source(type(rule)),
+        weight_bytes_before=bytes_before,
+        weight_bytes_after=graph.weight_bytes if places else bytes_before,
         seconds=round(time.perf_counter() - start, 4),
-        diff=diff(before, after),
     )
     graph.history.append(report)
     return report
+
+
+def _with_removed(places: list[Rewrite], before: Snapshot, removed: Collection[str]) -> tuple[Rewrite, ...]:
+    """The places, each with those of the removed nodes that were nearer to its anchor than to any other."""
+    beside: dict[str, list[str]] = {name: [] for name in before.nodes}
+    for name, facts in before.nodes.items():
+        for made in facts.inputs:
+            maker = made if made in beside else made.rpartition(":")[0]
+            if maker in beside:
+                beside[name].append(maker)
+                beside[maker].append(name)
+    owner: dict[str, int] = {}
+    for at, place in enumerate(places):
+        if place.node in beside:
+            owner.setdefault(place.node, at)
+    for through in (removed, beside):  # by way of nodes that went as far as that leads, then by way of any
+        pending = deque(owner)
+        while pending:
+            name = pending.popleft()
+            for neighbour in beside[name]:
+                if neighbour in through and neighbour not in owner:
+                    owner[neighbour] = owner[name]
+                    pending.append(neighbour)
+    gone: dict[int, list[str]] = {}
+    for name in removed:  # in the order of the graph
+        if name in owner:
+            gone.setdefault(owner[name], []).append(name)
+    return tuple(replace(place, removed=tuple(gone.get(at, ()))) for at, place in enumerate(places))
+
+
+def _source(pass_class: type[Pass]) -> str:
+    """File and line of a class, without the folders that only this machine has; empty where there is no file."""
+    module = pass_class.__module__
+    try:
+        line = inspect.getsourcelines(pass_class)[1]
+    except (OSError, TypeError):
+        return ""
+    return f"{module}:{line}" if module == "__main__" else f"{module.replace('.', '/')}.py:{line}"
 
 
 def _found(rule: Pass, edit: Editor) -> Iterator[Match]:
