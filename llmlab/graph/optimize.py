@@ -19,6 +19,7 @@ from llmlab.graph.passes.recognise_mask import RecogniseMask
 from llmlab.graph.passes.remove_gqa_expansion import RemoveGQAExpansion
 from llmlab.graph.passes.share_common import ShareCommon
 from llmlab.graph.passes.simplify import MergeReshapes, RemoveNoOps, StaticReshape
+from llmlab.graph.passes.unfold_gemm import UnfoldGemm
 from llmlab.graph.pipeline import Pipeline
 from llmlab.graph.rewrite import Pass, run_pass
 from llmlab.graph.rows import mixing_node
@@ -31,6 +32,7 @@ PASSES: tuple[Callable[[], Pass], ...] = (
     StaticReshape,
     RemoveNoOps,
     ShareCommon,
+    UnfoldGemm,
     FuseLayerNorm,
     FuseRMSNorm,
     FuseRoPE,

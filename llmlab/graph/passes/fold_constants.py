@@ -19,12 +19,15 @@ class FoldConstants(Pass):
     name = "fold_constants"
 
     def find(self, edit: Editor) -> Iterator[Match]:
-        foldable = [n for n in edit.surgeon.nodes if n.op == "Constant" or (n.inputs and _all_constant(n))]
+        foldable = [
+            n for n in edit.surgeon.nodes if n.op == "Constant" or (n.inputs and _all_constant(n)) or _known_size(n)
+        ]
         if foldable:
             yield Match(node=foldable[0])
 
     def rewrite(self, edit: Editor, match: Match) -> None:
         _inline_constants(edit)
+        _inline_sizes(edit)
         edit.surgeon.toposort().fold_constants(
             fold_shapes=False, size_threshold=_LARGE, should_exclude_node=_reads_weight, error_ok=False
         )
@@ -32,6 +35,23 @@ class FoldConstants(Pass):
 
 def _all_constant(node: gs.Node) -> bool:
     return all(isinstance(t, gs.Constant) for t in node.inputs) and not _reads_weight(node)
+
+
+def _known_size(node: gs.Node) -> list[int] | None:
+    """What a Shape node gives, if the axes that it asks for have known sizes."""
+    if node.op != "Shape" or node.inputs[0].shape is None:
+        return None
+    sizes = list(node.inputs[0].shape)[node.attrs.get("start", 0) : node.attrs.get("end")]
+    return sizes if sizes and all(isinstance(n, int) for n in sizes) else None
+
+
+def _inline_sizes(edit: Editor) -> None:
+    """Shape nodes of known sizes become constants."""
+    for node in edit.surgeon.nodes:
+        if (sizes := _known_size(node)) is not None:
+            out = node.outputs[0]
+            node.outputs.clear()
+            out.to_constant(np.asarray(sizes, np.int64))
 
 
 def _reads_weight(node: gs.Node) -> bool:

@@ -14,31 +14,65 @@ from llmlab.graph.rewrite import Match, Pass
 
 @dataclass(frozen=True)
 class Linear:
-    """x @ Wᵀ + b: `weight` [N, K] before its Transpose, `bias` [N] or None, `out` the last tensor of it."""
+    """x @ W + b: `weight` as it is stored, [N, K] where `transposed` and else [K, N]; `bias` [N] or None; `out` the
+    last tensor of it."""
 
     node: gs.Node
     weight: gs.Tensor
+    transposed: bool
     bias: gs.Tensor | None
     out: gs.Tensor
 
+    @property
+    def width(self) -> int:
+        return int(self.weight.shape[0 if self.transposed else 1])
+
+    @property
+    def depth(self) -> int:
+        return int(self.weight.shape[1 if self.transposed else 0])
+
 
 def linear(node: gs.Node) -> Linear | None:
-    """The linear layer whose product is `node`, if its weight is a transposed constant [N, K]."""
-    if node.op != "MatMul":
+    """The linear layer whose product is `node`, if its weight is a constant matrix."""
+    if node.op != "MatMul" or len(node.inputs[1].shape or ()) != 2:
         return None
-    transpose = producer(node.inputs[1], "Transpose")
-    if (
-        transpose is None
-        or list(transpose.attrs.get("perm", ())) != [1, 0]
-        or not constant_expression(transpose.inputs[0])
-    ):
+    turn = producer(node.inputs[1], "Transpose")
+    weight = node.inputs[1] if turn is None else turn.inputs[0]
+    if not constant_expression(weight):
         return None
-    weight, out = transpose.inputs[0], node.outputs[0]
+    out = node.outputs[0]
     add = out.outputs[0] if len(out.outputs) == 1 and out.outputs[0].op == "Add" else None
     bias = other(add, out) if add is not None else None
     if add is None or bias is None or not constant_expression(bias) or len(bias.shape or ()) != 1:
-        return Linear(node, weight, None, out)
-    return Linear(node, weight, bias, add.outputs[0])
+        return Linear(node, weight, turn is not None, None, out)
+    return Linear(node, weight, turn is not None, bias, add.outputs[0])
+
+
+def product(
+    edit: Editor,
+    where: str,
+    x: gs.Tensor,
+    weights: list[gs.Tensor],
+    biases: list[gs.Tensor],
+    transposed: bool,
+    dtype: np.dtype,
+) -> gs.Tensor:
+    """Nodes for x @ W + b, W and b being the joined `weights` (stored as `Linear` says) and `biases` (none or as many)."""
+
+    def joined(parts: list[gs.Tensor], axis: int) -> gs.Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        shape = list(parts[0].shape)
+        shape[axis] = sum(int(t.shape[axis]) for t in parts)
+        return edit.add("Concat", where, parts, {"axis": axis}, dtype=parts[0].dtype, shape=shape)
+
+    weight = joined(weights, 0 if transposed else 1)
+    if transposed:
+        shape = list(weight.shape)[::-1]
+        weight = edit.add("Transpose", where, [weight], {"perm": [1, 0]}, dtype=weight.dtype, shape=shape)
+    shape = [*list(x.shape or ())[:-1], weight.shape[1]]
+    out = edit.add("MatMul", where, [x, weight], dtype=dtype, shape=shape)
+    return edit.add("Add", where, [out, joined(biases, 0)], dtype=dtype, shape=shape) if biases else out
 
 
 class MergeProducts(Pass):
@@ -47,10 +81,10 @@ class MergeProducts(Pass):
     name = "merge_products"
 
     def find(self, edit: Editor) -> Iterator[Match]:
-        groups: dict[int, list[Linear]] = {}
+        groups: dict[tuple[int, bool], list[Linear]] = {}
         for node in edit.surgeon.nodes:
             if (layer := linear(node)) is not None:
-                groups.setdefault(id(node.inputs[0]), []).append(layer)
+                groups.setdefault((id(node.inputs[0]), layer.transposed), []).append(layer)
         for layers in groups.values():
             if len(layers) > 1:
                 yield Match(node=layers[0].node, layers=layers)
@@ -71,27 +105,12 @@ class MergeProducts(Pass):
         layers: list[Linear] = match.layers
         first = layers[0]
         where = scope(first.node).rpartition(".")[0]
-        widths = [int(layer.weight.shape[0]) for layer in layers]
-        depth, dtype, x = first.weight.shape[1], first.weight.dtype, first.node.inputs[0]
-        rows = list(x.shape or ())[:-1]
-        joined = edit.add(
-            "Concat", where, [layer.weight for layer in layers], {"axis": 0}, dtype=dtype, shape=[sum(widths), depth]
-        )
-        turned = edit.add("Transpose", where, [joined], {"perm": [1, 0]}, dtype=dtype, shape=[depth, sum(widths)])
-        product = edit.add("MatMul", where, [x, turned], dtype=first.out.dtype, shape=[*rows, sum(widths)])
-        if first.bias is not None:
-            bias = edit.add(
-                "Concat",
-                where,
-                [layer.bias for layer in layers],
-                {"axis": 0},
-                dtype=first.bias.dtype,
-                shape=[sum(widths)],
-            )
-            product = edit.add("Add", where, [product, bias], dtype=first.out.dtype, shape=[*rows, sum(widths)])
+        widths = [layer.width for layer in layers]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        x, dtype = first.node.inputs[0], first.out.dtype
+        whole = product(edit, where, x, [layer.weight for layer in layers], biases, first.transposed, dtype)
         sizes = edit.constant(f"{where}/widths", np.asarray(widths, np.int64))
-        parts = edit.add_many(
-            "Split", where, [product, sizes], {"axis": -1}, [(first.out.dtype, [*rows, w]) for w in widths]
-        )
+        rows = list(x.shape or ())[:-1]
+        parts = edit.add_many("Split", where, [whole, sizes], {"axis": -1}, [(dtype, [*rows, w]) for w in widths])
         for layer, part in zip(layers, parts, strict=True):
             edit.replace(layer.out, part)

@@ -87,6 +87,26 @@ def test_products_of_other_modules_stay_apart() -> None:
         ("tb = Transpose<perm=[1,0]>(wb)", "tb = Identity(square)"),
     ],
 )
-def test_products_of_other_rows_or_plain_weights_are_no_match(change: tuple[str, str]) -> None:
+def test_products_of_other_rows_or_weights_of_another_layout_are_no_match(change: tuple[str, str]) -> None:
     _, report = apply(MergeProducts, graph(change, square=rows(8, 6)))
     assert report.matches == 0
+
+
+PLAIN = """m (float[T,8] x) => (float[T,6] y) {
+    a0 = MatMul(x, ka)
+    b0 = MatMul(x, kb)
+    a = Add(a0, ba)
+    b = Add(bb, b0)
+    y = Mul(a, b)
+}"""
+
+
+def test_weights_that_are_stored_the_other_way_round() -> None:
+    """gpt2's Conv1D holds [K, N]; nothing turns it."""
+    before = small_graph(PLAIN, **weights(ka=(8, 6), kb=(8, 6), ba=(6,), bb=(6,)))
+    for node in before.surgeon.nodes:
+        node.name = node.name.replace("m.", "layer.")
+    after, report = apply(MergeProducts, before)
+    assert report.rewrites == 1
+    assert ops(after) == {"Concat": 2, "MatMul": 1, "Add": 1, "Split": 1, "Mul": 1}
+    same(before, after, {"x": rows(5, 8)})
