@@ -37,7 +37,7 @@ def trace(model: torch.nn.Module, weights: Mapping[str, StoredWeight], longest: 
     positions = torch.arange(7).expand(2, 7)
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=max(longest - 1, ids.shape[1]))
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), _experts_as_operators(model):
             program = torch.export.export(
                 wrapper, (ids, positions), dynamic_shapes=({0: batch, 1: sequence},) * 2, strict=False
             )
@@ -54,6 +54,20 @@ def trace(model: torch.nn.Module, weights: Mapping[str, StoredWeight], longest: 
     except Exception as problem:  # torch.export has many
         raise UnsupportedModelError(f"{type(model).__name__}: torch can't export it: {reason(problem)}") from problem
     return _import(exported.model, weights)
+
+
+@contextlib.contextmanager
+def _experts_as_operators(model: torch.nn.Module) -> Iterator[None]:
+    """A transformers model computes its experts as batched products while it is traced: its loops can't be, that can."""
+    if not hasattr(model, "set_experts_implementation"):
+        yield
+        return
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 def reason(problem: BaseException) -> str:
