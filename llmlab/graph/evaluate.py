@@ -48,39 +48,40 @@ class PositionFunction:
         feeds = {"position_ids": position_ids, "input_ids": np.zeros_like(position_ids)}
         try:
             if self._session is None:
-                self._session = self._make_session()
+                inputs = [gs.Variable(n, INT64, ["batch", "sequence"]) for n in sorted(self.sources)]
+                self._session = excerpt(self.nodes, self.tensors, inputs)
             wanted = {i.name for i in self._session.get_inputs()}
             results = self._session.run(None, {k: v for k, v in feeds.items() if k in wanted})
         except Exception as problem:  # ONNX Runtime raises types of its own, one a status
             raise CannotEvaluate(" ".join(str(problem).split())) from problem
         return [np.asarray(r) for r in results]
 
-    def _make_session(self) -> ort.InferenceSession:
-        inputs = [gs.Variable(n, INT64, ["batch", "sequence"]) for n in sorted(self.sources)]
-        outputs = [gs.Variable(f"result_{i}", t.dtype, None) for i, t in enumerate(self.tensors)]
-        by_name = {t.name: t for t in inputs}
-        tails = [
-            gs.Node("Identity", inputs=[_stand_in(t, by_name)], outputs=[o])
-            for t, o in zip(self.tensors, outputs, strict=True)
-        ]
-        copies = [
-            gs.Node(
-                n.op,
-                n.name,
-                dict(n.attrs),
-                [_stand_in(t, by_name) for t in n.inputs],
-                [_stand_in(t, by_name) for t in n.outputs],
-                domain=n.domain,
-            )
-            for n in self.nodes
-        ]
-        graph = gs.Graph(copies + tails, inputs, outputs, opset=OPSET).toposort()
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 3
-        options.intra_op_num_threads = 1
-        model = gs.export_onnx(graph, do_type_check=False, ir_version=11).SerializeToString()
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+def excerpt(nodes: list[gs.Node], tensors: list[gs.Tensor], inputs: list[gs.Variable]) -> ort.InferenceSession:
+    """A session that computes `tensors` with copies of `nodes`, from inputs that stand for the tensors of their names."""
+    outputs = [gs.Variable(f"result_{i}", t.dtype, None) for i, t in enumerate(tensors)]
+    by_name: dict[str, gs.Tensor] = {t.name: t for t in inputs}
+    tails = [
+        gs.Node("Identity", inputs=[_stand_in(t, by_name)], outputs=[o]) for t, o in zip(tensors, outputs, strict=True)
+    ]
+    copies = [
+        gs.Node(
+            n.op,
+            n.name,
+            dict(n.attrs),
+            [_stand_in(t, by_name) for t in n.inputs],
+            [_stand_in(t, by_name) for t in n.outputs],
+            domain=n.domain,
+        )
+        for n in nodes
+    ]
+    graph = gs.Graph(copies + tails, inputs, outputs, opset=OPSET).toposort()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    model = gs.export_onnx(graph, do_type_check=False, ir_version=11).SerializeToString()
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _stand_in(tensor: gs.Tensor, by_name: dict[str, gs.Tensor]) -> gs.Tensor:

@@ -10,6 +10,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from llmlab.graph.graph import LLMLAB_DOMAIN, Graph
+from llmlab.kernels.experts import mixture_of_experts
 from llmlab.kernels.reference import paged_attention
 
 
@@ -25,11 +26,21 @@ class PagedAttention(OpRun):
         return paged_attention(*tensors, interleaved=interleaved, **known)
 
 
+class MixtureOfExperts(OpRun):
+    """The experts' node, as the reference evaluator calls it."""
+
+    op_domain = LLMLAB_DOMAIN
+
+    def _run(self, *inputs: Any, **attrs: Any) -> tuple[np.ndarray, ...]:
+        known = {k: attrs[k] for k in ("activation", "interleaved", "transposed", "alpha", "beta", "limit")}
+        return (mixture_of_experts(*inputs, **known),)
+
+
 class Interpreter:
     """A serving graph, executed step by step; the KV pools live in `caches`."""
 
     def __init__(self, graph: Graph, num_blocks: int, block_size: int) -> None:
-        self._run = ReferenceEvaluator(graph.to_onnx(), new_ops=[PagedAttention])
+        self._run = ReferenceEvaluator(graph.to_onnx(), new_ops=[PagedAttention, MixtureOfExperts])
         self.caches = {
             layer.name: np.full((2, num_blocks, layer.kv_heads, block_size, layer.head_dim), np.nan, np.float32)
             for layer in graph.kv_layers()

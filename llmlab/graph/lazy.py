@@ -107,5 +107,16 @@ def dealt(source: Values, axis: int, groups: int) -> Rearranged:
     return Rearranged(source, lambda array: np.swapaxes(array.reshape(split), axis, axis + 1).reshape(shape), shape)
 
 
+def row(source: Values, index: int) -> Values:
+    """`source[index]`; where `source` was put together along other axes or stacked, without computing the rest of it."""
+    if isinstance(source, np.ndarray):
+        return source[index]
+    if isinstance(source, Stacked) and source.axis == 0:
+        return source.parts[index]
+    if isinstance(source, Joined) and source.axis > 0:
+        return Joined([row(p, index) for p in source.parts], source.axis - 1)
+    return Rearranged(source, lambda array: array[index], source.shape[1:])
+
+
 def _dtypes(parts: Sequence[Values]) -> list[np.dtype]:
     return [np.dtype(p.dtype) for p in parts]

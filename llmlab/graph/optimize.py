@@ -16,9 +16,10 @@ from llmlab.graph.passes.merge_products import MergeProducts
 from llmlab.graph.passes.pack_tokens import PackTokens
 from llmlab.graph.passes.page_attention import PageAttention
 from llmlab.graph.passes.recognise_mask import RecogniseMask
+from llmlab.graph.passes.recognise_moe import RecogniseMoE
 from llmlab.graph.passes.remove_gqa_expansion import RemoveGQAExpansion
 from llmlab.graph.passes.share_common import ShareCommon
-from llmlab.graph.passes.simplify import MergeReshapes, RemoveNoOps, StaticReshape
+from llmlab.graph.passes.simplify import MergeReshapes, RemoveNoOps, SplitWithoutSequence, StaticReshape
 from llmlab.graph.passes.unfold_gemm import UnfoldGemm
 from llmlab.graph.pipeline import Pipeline
 from llmlab.graph.rewrite import Pass, run_pass
@@ -33,12 +34,15 @@ PASSES: tuple[Callable[[], Pass], ...] = (
     RemoveNoOps,
     ShareCommon,
     UnfoldGemm,
+    SplitWithoutSequence,
+    RecogniseMoE,
     FuseLayerNorm,
     FuseRMSNorm,
     FuseRoPE,
     RemoveGQAExpansion,
     RecogniseMask,
     PackTokens,
+    StaticReshape,
     PageAttention,
     DropBatchAxis,
     RemoveNoOps,

@@ -9,7 +9,17 @@ from llmlab.graph.graph import Graph
 from llmlab.graph.passes.drop_batch_axis import ELEMENTWISE
 from llmlab.graph.passes.pack_tokens import TOKENS
 
-_ALONG = {"Softmax": -1, "LogSoftmax": -1, "RMSNormalization": -1, "LayerNormalization": -1, "Concat": None, "Split": 0}
+_ALONG = {
+    "Softmax": -1,
+    "LogSoftmax": -1,
+    "RMSNormalization": -1,
+    "LayerNormalization": -1,
+    "TopK": -1,
+    "GatherElements": 0,
+    "ScatterElements": 0,
+    "Concat": None,
+    "Split": 0,
+}
 _NORMS = frozenset(("RMSNormalization", "LayerNormalization"))
 _REDUCE = frozenset(
     (
@@ -27,10 +37,10 @@ _REDUCE = frozenset(
 
 
 def token_axis(tensor: gs.Tensor) -> int | None:
-    """The axis of `tensor` that counts tokens, None where no axis does."""
+    """The axis of `tensor` that counts tokens, or several rows of each (`2*T`), None where no axis does."""
     if isinstance(tensor, gs.Constant) or tensor.shape is None:
         return None
-    return next((i for i, d in enumerate(tensor.shape) if d == TOKENS), None)
+    return next((i for i, d in enumerate(tensor.shape) if isinstance(d, str) and TOKENS in d.split("*")), None)
 
 
 def mixes_tokens(node: gs.Node) -> str | None:
@@ -52,9 +62,8 @@ def mixes_tokens(node: gs.Node) -> str | None:
         from_end = {a - len(t.shape) for t, a in zip(node.inputs, axes, strict=True) if a is not None}
         return None if from_end == {out_axis - rank} else "its inputs count tokens along different axes"
     axis = axes[0]
-    if node.op == "MatMul":
-        plain = axis is not None and axis != len(node.inputs[0].shape) - 1 and axes[1] is None
-        return None if plain and constant_expression(node.inputs[1]) else "it multiplies tokens with each other"
+    if node.op in ("MatMul", "Gemm"):
+        return _product(node, axes, out_axis - rank)
     if node.op == "Gather":
         looked_up = axes[0] is None and axes[1] is not None and node.attrs.get("axis", 0) == 0
         return None if looked_up else "it picks among tokens"
@@ -67,8 +76,14 @@ def mixes_tokens(node: gs.Node) -> str | None:
         )
     if node.op == "Reshape":
         return _reshape(node, axis, out_axis)
-    if node.op == "RotaryEmbedding":
+    if node.op in ("RotaryEmbedding", "MixtureOfExperts"):
         return None
+    if node.op == "GatherND":
+        looked_up = axes[0] is None and axes[1] == out_axis and axes[1] != len(node.inputs[1].shape) - 1
+        return None if looked_up else "it picks among tokens"
+    if node.op == "Expand":
+        same = axis is not None and axis - len(node.inputs[0].shape) == out_axis - rank
+        return None if same else "it repeats tokens along an axis of theirs"
     if node.op in _ALONG:
         along = node.attrs.get("axis", _ALONG[node.op])
         along = None if along is None else along % rank
@@ -88,6 +103,20 @@ def mixes_tokens(node: gs.Node) -> str | None:
         limit = out_axis if node.op == "Unsqueeze" else axis
         return "it works along the token axis" if limit in [a % base for a in touched] else None
     return f"{node.op} is not known to keep tokens apart"
+
+
+def _product(node: gs.Node, axes: list[int | None], from_end: int) -> str | None:
+    """Tokens are rows of the left side, and the right side is a weight, or the token's own matrix in a batch of them."""
+    mixed = "it multiplies tokens with each other"
+    if axes[0] is None or node.attrs.get("transA"):
+        return mixed
+    left = axes[0] - len(node.inputs[0].shape)
+    if axes[1] is None:
+        plain = left < -1 and constant_expression(node.inputs[1])
+        bias = all(t is None or constant_expression(t) for t in [operand(node, 2)])
+        return None if plain and bias else mixed
+    right = axes[1] - len(node.inputs[1].shape)
+    return None if node.op == "MatMul" and left == right == from_end and left < -2 else mixed
 
 
 def _reshape(node: gs.Node, axis: int | None, out_axis: int) -> str | None:

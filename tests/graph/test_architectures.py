@@ -43,10 +43,6 @@ REFUSED_SLOW: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "gpt_neo", "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
         NOT_FOUND,
     ),
-    "mixtral": (
-        {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-        "no tensor 'model.layers.0.mlp",
-    ),
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LOCAL = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -72,6 +68,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "granite": {"model_type": "granite"},
     "smollm3": {"model_type": "smollm3"},
     "starcoder2": {"model_type": "starcoder2", "sliding_window": 6},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 

@@ -8,6 +8,7 @@ import onnx_graphsurgeon as gs
 from llmlab.graph.edit import Editor, producer
 from llmlab.graph.graph import Graph
 from llmlab.graph.lower.onnxruntime_attention import AttentionLowering
+from llmlab.graph.lower.onnxruntime_moe import lower_experts
 from llmlab.graph.lower.onnxruntime_products import lower_products, split_products
 from llmlab.graph.lower.weights import defer_weights
 
@@ -53,6 +54,7 @@ def lower(graph: Graph, capacity: int) -> Graph:
     surgeon.cleanup().toposort()
     split_products(edit, {id(producer(qkv)) for qkv in packed if qkv is not None})
     lower_products(edit)
+    lower_experts(edit)
     surgeon.cleanup().toposort()
     if not named["position_ids"].outputs:
         surgeon.inputs = [t for t in surgeon.inputs if t.name != "position_ids"]

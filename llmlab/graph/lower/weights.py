@@ -19,6 +19,7 @@ _OPS: dict[str, Callable[[Attrs, list[np.ndarray]], np.ndarray]] = {
     "Concat": lambda attrs, i: np.concatenate(i, attrs["axis"]),
     "Identity": lambda attrs, i: i[0],
     "Mul": lambda attrs, i: i[0] * i[1],
+    "Reshape": lambda attrs, i: i[0].reshape(i[1]),
     "Transpose": lambda attrs, i: np.transpose(i[0], attrs.get("perm")),
 }
 

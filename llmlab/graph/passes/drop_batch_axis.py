@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import Editor, constant_expression, ints, operand, producer, scope, value
+from llmlab.graph.passes.simplify import same_shape
 from llmlab.graph.rewrite import Match, Pass
 
 ELEMENTWISE = frozenset(
@@ -76,9 +77,13 @@ class DropBatchAxis(Pass):
                 if node.op in ("Shape", "Unsqueeze"):
                     continue
                 yield Match(node=node)
+            elif node.outputs and _adds_batch(node):
+                yield Match(node=node)
 
     def check(self, edit: Editor, match: Match) -> str | None:
         node = match.node
+        if _adds_batch(node) or _removes_batch(node):
+            return None
         match.attrs, match.swaps = dict(node.attrs), {}
         if node.op == "Squeeze":
             return None if ints(operand(node, 1)) == [0] else "it squeezes other axes than the batch"
@@ -157,8 +162,13 @@ class DropBatchAxis(Pass):
 
     def rewrite(self, edit: Editor, match: Match) -> None:
         node, where = match.node, scope(match.node)
-        if node.op == "Squeeze":
+        if node.op == "Squeeze" or _removes_batch(node):
             edit.replace(node.outputs[0], _lifted(node.inputs[0]))
+            return
+        if _adds_batch(node):
+            axis = edit.constant("batch_axis", np.array([0], np.int64))
+            old = node.outputs[0]
+            edit.replace(old, edit.add("Unsqueeze", where, [node.inputs[0], axis], dtype=old.dtype, shape=old.shape))
             return
         inputs: list[gs.Tensor | None] = []
         for i, tensor in enumerate(node.inputs):
@@ -177,3 +187,20 @@ def _lifted(tensor: gs.Tensor) -> gs.Tensor | None:
     """x where `tensor` is Unsqueeze(x, axis 0), else None."""
     node = producer(tensor, "Unsqueeze")
     return node.inputs[0] if node is not None and ints(node.inputs[1]) == [0] else None
+
+
+def _removes_batch(node: gs.Node) -> bool:
+    """Whether a Reshape does what a Squeeze would: [1, T, …] → [T, …]."""
+    flat = _lifted(node.inputs[0]) if node.op == "Reshape" else None
+    return flat is not None and same_shape(flat.shape, node.outputs[0].shape)
+
+
+def _adds_batch(node: gs.Node) -> bool:
+    """Whether a Reshape does what an Unsqueeze would: [T, …] → [1, T, …]."""
+    if (
+        node.op != "Reshape"
+        or node.inputs[0].shape is None
+        or not any(isinstance(d, str) for d in node.inputs[0].shape)
+    ):
+        return False
+    return same_shape([1, *node.inputs[0].shape], node.outputs[0].shape)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.edit import Editor
+from llmlab.graph.edit import Dim, Editor
 from llmlab.graph.rewrite import Match, Pass
 
 TOKENS = "T"
@@ -41,10 +41,9 @@ class PackTokens(Pass):
 
     def rewrite(self, edit: Editor, match: Match) -> None:
         surgeon = edit.surgeon
-        sizes = {match.batch: 1, match.sequence: TOKENS}
         for tensor in surgeon.tensors().values():
             if isinstance(tensor, gs.Variable) and tensor.shape is not None:
-                tensor.shape = [sizes.get(d, d) for d in tensor.shape]
+                tensor.shape = [_packed(d, match.batch, match.sequence) for d in tensor.shape]
         axis = edit.constant("batch_axis", np.array([0], np.int64))
         inputs = []
         for old in surgeon.inputs:
@@ -63,3 +62,11 @@ class PackTokens(Pass):
             "Squeeze", "logits", [logits, axis], dtype=logits.dtype, shape=(logits.shape or [1, None, None])[1:]
         )
         edit.replace(logits, flat)
+
+
+def _packed(dim: Dim, batch: str, sequence: str) -> Dim:
+    """A size after packing: batch is 1, sequence is T, also as factors of products such as `2*batch*sequence`."""
+    if not isinstance(dim, str):
+        return dim
+    factors = [TOKENS if f == sequence else f for f in dim.split("*") if f != batch]
+    return "*".join(factors) or 1

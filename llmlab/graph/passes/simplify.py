@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.edit import Dim, Editor, constant_expression, ints, operand, producer, value
+from llmlab.graph.edit import Dim, Editor, constant_expression, ints, operand, producer, scope, value
 from llmlab.graph.rewrite import Match, Pass
 
 _FAR = 1 << 30  # a Slice that ends here or later ends at the end
@@ -144,3 +144,35 @@ class MergeReshapes(Pass):
 
     def rewrite(self, edit: Editor, match: Match) -> None:
         match.node.inputs[0] = match.before.inputs[0]
+
+
+class SplitWithoutSequence(Pass):
+    """SplitToSequence → Split, where every part is taken out by a constant number."""
+
+    name = "split_without_sequence"
+
+    def pattern(self, node: gs.Node) -> Match | None:
+        return Match(node=node) if node.op == "SplitToSequence" else None
+
+    def check(self, edit: Editor, match: Match) -> str | None:
+        node = match.node
+        axis, split, shape = node.attrs.get("axis", 0), ints(operand(node, 1)), node.inputs[0].shape
+        size = shape[axis] if shape is not None else None
+        if split is None or not isinstance(size, int) or not node.attrs.get("keepdims", 1):
+            return "the sizes of its parts aren't known"
+        if len(node.inputs[1].shape) == 0:  # one number: parts of that size, the last one takes what is left
+            split = [min(split[0], size - at) for at in range(0, size, split[0])]
+        match.sizes = split
+        match.taken = {id(n): ints(n.inputs[1]) for n in node.outputs[0].outputs if n.op == "SequenceAt"}
+        if edit.is_output(node.outputs[0]) or len(match.taken) != len(node.outputs[0].outputs):
+            return "something else than SequenceAt reads it"
+        return None if all(match.taken.values()) else "the number of a part is computed"
+
+    def rewrite(self, edit: Editor, match: Match) -> None:
+        node = match.node
+        axis, shape, dtype = node.attrs.get("axis", 0), list(node.inputs[0].shape), node.inputs[0].dtype
+        sizes = edit.constant(f"{node.name}/sizes", np.asarray(match.sizes, np.int64))
+        outputs = [(dtype, [s if i == axis % len(shape) else d for i, d in enumerate(shape)]) for s in match.sizes]
+        parts = edit.add_many("Split", scope(node), [node.inputs[0], sizes], {"axis": axis}, outputs)
+        for at in list(node.outputs[0].outputs):
+            edit.replace(at.outputs[0], parts[match.taken[id(at)][0]])
