@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llmlab.graph.edit import Editor as Editor
     from llmlab.graph.export import export as export
     from llmlab.graph.graph import Graph as Graph
+    from llmlab.graph.operator import operator as operator
     from llmlab.graph.optimize import optimize as optimize
     from llmlab.graph.optimize import register_pass as register_pass
     from llmlab.graph.optimize import registered_pass as registered_pass
@@ -55,6 +56,7 @@ _HOME = {
     "Pass": "llmlab.graph.rewrite",
     "Match": "llmlab.graph.rewrite",
     "Editor": "llmlab.graph.edit",
+    "operator": "llmlab.graph.operator",
     "LlmlabError": "llmlab.errors",
 }
 
@@ -76,6 +78,7 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "Pass",
     "Match",
     "Editor",
+    "operator",
     "LlmlabError",
     "__version__",
 ]

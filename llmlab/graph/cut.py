@@ -7,17 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from llmlab.errors import GraphError, InputError
+from llmlab.graph.edit import RANDOM
+from llmlab.graph.functions import used_functions
 from llmlab.graph.graph import Graph
 from llmlab.graph.pieces import Crossing, Cut, Piece
 from llmlab.graph.storage import array
 
-_RANDOM = frozenset(
-    ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
-)
 _BY_VALUE = 1024  # bytes; integers (axes, sizes) up to here are part of a piece's structure
 
 Predicate = Callable[[gs.Node], bool]
@@ -75,13 +73,7 @@ def _homes(groups: list[list[gs.Node]]) -> tuple[dict[int, int], dict[int, set[i
 def _crossing(tensor: gs.Tensor, made_by: int, readers: set[int]) -> Crossing:
     if tensor.dtype is None:
         raise GraphError(f"{tensor.name} crosses from one piece to another, and its type isn't known")
-    return Crossing(tensor.name, str(_dtype(tensor)), tensor.shape, made_by, tuple(sorted(readers)))
-
-
-def _dtype(tensor: gs.Tensor) -> np.dtype:
-    """The type of a tensor's elements; what NumPy has no name for is an ONNX enumerator in the surgeon's graph."""
-    given = tensor.dtype
-    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(given) if isinstance(given, int) else given)
+    return Crossing(tensor.name, str(np.dtype(tensor.dtype)), tensor.shape, made_by, tuple(sorted(readers)))
 
 
 def _asks(at: Predicate, node: gs.Node) -> bool:
@@ -136,7 +128,7 @@ def _constant_nodes(graph: gs.Graph, marked: set[int]) -> set[int]:
     found: set[int] = set()
     for node in graph.nodes:
         fixed = all(isinstance(t, gs.Constant) or (t.inputs and id(t.inputs[0]) in found) for t in _reads([node]))
-        if fixed and id(node) not in marked and node.op not in _RANDOM:
+        if fixed and id(node) not in marked and node.op not in RANDOM:
             found.add(id(node))
     return found
 
@@ -180,7 +172,6 @@ def _excerpt(graph: gs.Graph, nodes: list[gs.Node], outputs: list[gs.Tensor]) ->
     copies = [node.copy([own(t) for t in node.inputs], [own(t) for t in node.outputs], tensors) for node in nodes]
     made = {t.name for node in nodes for t in node.outputs}
     inputs = [t for t in tensors.values() if isinstance(t, gs.Variable) and t.name not in made]
-    functions = [f.copy() for f in graph.functions]
     return gs.Graph(
         copies,
         inputs,
@@ -188,7 +179,7 @@ def _excerpt(graph: gs.Graph, nodes: list[gs.Node], outputs: list[gs.Tensor]) ->
         name=graph.name,
         opset=graph.opset,
         import_domains=graph.import_domains,
-        functions=functions,
+        functions=used_functions(graph, nodes),
     )
 
 
@@ -229,5 +220,5 @@ def _describe(tensor: gs.Tensor) -> str:
     text = f":{tensor.dtype}{tensor.shape}"
     if not isinstance(tensor, gs.Constant):
         return text
-    by_value = tensor._values.nbytes <= _BY_VALUE if _dtype(tensor).kind in "iub" else not tensor.shape
+    by_value = tensor._values.nbytes <= _BY_VALUE if np.dtype(tensor.dtype).kind in "iub" else not tensor.shape
     return f"{text}={np.asarray(array(tensor)).tolist()}" if by_value else text

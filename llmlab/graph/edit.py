@@ -11,6 +11,10 @@ import onnx_graphsurgeon as gs
 from llmlab.graph.graph import Graph
 
 Dim = int | str | None
+RANDOM = frozenset(
+    ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+)
+"""Operators that give something else each time they run."""
 
 
 def producer(tensor: gs.Tensor, *ops: str) -> gs.Node | None:
@@ -89,6 +93,25 @@ def ancestors(tensor: gs.Tensor) -> tuple[list[gs.Node], set[str]]:
 def scope(node: gs.Node) -> str:
     """The module that a node came from."""
     return node.name.rpartition("/")[0]
+
+
+def inline_constants(graph: gs.Graph) -> None:
+    """Constant nodes in all their spellings become constants."""
+    for node in graph.nodes:
+        if node.op != "Constant" or len(node.attrs) != 1:
+            continue
+        key, given = next(iter(node.attrs.items()))
+        if isinstance(given, gs.Constant):
+            array = np.asarray(given.values)
+        elif key in ("value_int", "value_ints"):
+            array = np.asarray(given, np.int64)
+        elif key in ("value_float", "value_floats"):
+            array = np.asarray(given, np.float32)
+        else:
+            continue
+        out = node.outputs[0]
+        node.outputs.clear()
+        out.to_constant(array)
 
 
 class Editor:

@@ -73,7 +73,9 @@ class Graph:
 
     def copy(self) -> Graph:
         """A graph that can be rewritten without touching this one; weights are shared."""
-        return Graph(self.surgeon.copy(), self.config, self.assets, self.history)
+        surgeon = self.surgeon.copy()
+        surgeon.functions = [function.copy() for function in self.surgeon.functions]
+        return Graph(surgeon, self.config, self.assets, self.history)
 
     def nodes(self, module: str = "") -> NodeTable:
         """The nodes that `module` and what lies in it made, such as `model.layers.0`; without one, all of them."""

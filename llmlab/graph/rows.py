@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import constant_expression, ints, operand
+from llmlab.graph.functions import inlined
 from llmlab.graph.graph import Graph
 from llmlab.graph.passes.drop_batch_axis import ELEMENTWISE
 from llmlab.graph.passes.pack_tokens import TOKENS
@@ -139,6 +140,15 @@ def _reshape(node: gs.Node, axis: int | None, out_axis: int) -> str | None:
 def mixing_node(graph: Graph) -> tuple[gs.Node, str] | None:
     """The first node that may let one token see another outside PagedAttention, and why; None where there is none."""
     for node in graph.surgeon.nodes:
-        if (reason := mixes_tokens(node)) is not None:
+        body = inlined(graph.surgeon, node)
+        if (reason := mixes_tokens(node) if body is None else _body_mixes(body)) is not None:
             return node, reason
+    return None
+
+
+def _body_mixes(body: gs.Graph) -> str | None:
+    """The same question about what a function computes."""
+    for node in body.nodes:
+        if (reason := mixes_tokens(node)) is not None:
+            return f"in its body, {reason} ({node.op})"
     return None

@@ -19,6 +19,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from llmlab.errors import InputError, UnsupportedModelError, require
 from llmlab.graph.graph import OPSET
 from llmlab.graph.storage import from_proto, onnx_dtype
+from llmlab.graph.torch_operator import add_functions, translations
 from llmlab.graph.weights import StoredWeight
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def trace(model: torch.nn.Module, weights: Mapping[str, StoredWeight], longest: 
                 verbose=False,
                 input_names=["input_ids", "position_ids"],
                 output_names=["logits"],
+                custom_translation_table=translations(),
             )
     except Exception as problem:  # torch.export has many
         raise UnsupportedModelError(f"{type(model).__name__}: torch can't export it: {reason(problem)}") from problem
@@ -117,7 +119,9 @@ def _import(model: Any, weights: Mapping[str, StoredWeight]) -> gs.Graph:
         stand_in = initializer.const_value
         initializer.const_value = ExternalTensor("weights", 0, 0, stand_in.dtype, shape=stand_in.shape, name=name)
     _name_nodes(model)
-    graph = from_proto(onnx.shape_inference.infer_shapes(to_proto(model), data_prop=True))
+    proto = to_proto(model)
+    add_functions(proto)
+    graph = from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
     for node in graph.nodes:
         if node.op == "Constant" and node.attrs.get("value_ints") == []:  # typeless: the surgeon couldn't write it
             node.attrs = {"value": gs.Constant(f"{node.name}/value", np.zeros(0, np.int64))}

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import Editor, producer
+from llmlab.graph.functions import record_implementation
 from llmlab.graph.graph import Graph
 from llmlab.graph.lower.onnxruntime_attention import AttentionLowering
 from llmlab.graph.lower.onnxruntime_moe import lower_experts
@@ -58,6 +59,7 @@ def lower(graph: Graph, capacity: int) -> Graph:
     surgeon.cleanup().toposort()
     if not named["position_ids"].outputs:
         surgeon.inputs = [t for t in surgeon.inputs if t.name != "position_ids"]
+    record_implementation(surgeon, "onnx")
     defer_weights(surgeon)
     surgeon.toposort()
     return result

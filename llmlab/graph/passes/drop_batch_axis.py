@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import Editor, constant_expression, ints, operand, producer, scope, value
+from llmlab.graph.functions import function_of
 from llmlab.graph.passes.simplify import same_shape
 from llmlab.graph.rewrite import Match, Pass
 
@@ -92,7 +93,10 @@ class DropBatchAxis(Pass):
         rank = len(node.outputs[0].shape or ())
         if rank < 2 or node.outputs[0].shape[0] != 1:
             return f"its output has shape {node.outputs[0].shape}, expected [1, …]"
-        if node.op in ELEMENTWISE:
+        function = function_of(edit.surgeon, node)
+        if function is not None and (foreign := _not_elementwise(function)) is not None:
+            return f"{node.op} is a function, and {foreign} in it is not known to allow it"
+        if function is not None or node.op in ELEMENTWISE:
             return self._elementwise(edit, match, rank)
         if node.op == "MatMul":
             lifted, weight = _lifted(node.inputs[0]), node.inputs[1]
@@ -181,6 +185,18 @@ class DropBatchAxis(Pass):
         for old, new in zip(list(node.outputs), flat, strict=True):
             lifted_out = edit.add("Unsqueeze", where, [new, axis], dtype=old.dtype, shape=old.shape)
             edit.replace(old, lifted_out)
+
+
+def _not_elementwise(function: gs.Function) -> str | None:
+    """The operator in a function's body that is not elementwise, if there is one; constants may have one axis."""
+    for node in function.nodes:
+        if node.op == "Constant":
+            given = node.attrs.get("value")
+            if isinstance(given, gs.Constant) and len(given.shape) > 1:
+                return "a constant of several axes"
+        elif node.domain or node.op not in ELEMENTWISE | {"CastLike"}:
+            return str(node.op)
+    return None
 
 
 def _lifted(tensor: gs.Tensor) -> gs.Tensor | None:
