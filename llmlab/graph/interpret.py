@@ -10,6 +10,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from llmlab.graph.graph import LLMLAB_DOMAIN, Graph
+from llmlab.kernels.activations import gated_activation
 from llmlab.kernels.experts import mixture_of_experts
 from llmlab.kernels.reference import paged_attention
 
@@ -36,11 +37,20 @@ class MixtureOfExperts(OpRun):
         return (mixture_of_experts(*inputs, **known),)
 
 
+class GatedActivation(OpRun):
+    """The gated product, as the reference evaluator calls it."""
+
+    op_domain = LLMLAB_DOMAIN
+
+    def _run(self, gate_up: np.ndarray, *, activation: str, alpha: float, gate_first: int) -> tuple[np.ndarray]:
+        return (gated_activation(gate_up, activation=activation, alpha=alpha, gate_first=bool(gate_first)),)
+
+
 class Interpreter:
     """A serving graph, executed step by step; the KV pools live in `caches`."""
 
     def __init__(self, graph: Graph, num_blocks: int, block_size: int) -> None:
-        self._run = ReferenceEvaluator(graph.to_onnx(), new_ops=[PagedAttention, MixtureOfExperts])
+        self._run = ReferenceEvaluator(graph.to_onnx(), new_ops=[PagedAttention, MixtureOfExperts, GatedActivation])
         self.caches = {
             layer.name: np.full((2, num_blocks, layer.kv_heads, block_size, layer.head_dim), np.nan, np.float32)
             for layer in graph.kv_layers()

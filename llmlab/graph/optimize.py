@@ -8,6 +8,8 @@ from llmlab.errors import InputError, UnsupportedModelError
 from llmlab.graph.graph import Graph
 from llmlab.graph.passes.drop_batch_axis import DropBatchAxis
 from llmlab.graph.passes.fold_constants import FoldConstants
+from llmlab.graph.passes.fuse_activation import FuseActivation
+from llmlab.graph.passes.fuse_gated_activation import FuseGatedActivation
 from llmlab.graph.passes.fuse_layer_norm import FuseLayerNorm
 from llmlab.graph.passes.fuse_rms_norm import FuseRMSNorm
 from llmlab.graph.passes.fuse_rope import FuseRoPE
@@ -38,6 +40,7 @@ PASSES: tuple[Callable[[], Pass], ...] = (
     RecogniseMoE,
     FuseLayerNorm,
     FuseRMSNorm,
+    FuseActivation,
     FuseRoPE,
     RemoveGQAExpansion,
     RecogniseMask,
@@ -49,6 +52,7 @@ PASSES: tuple[Callable[[], Pass], ...] = (
     MergeReshapes,
     RemoveNoOps,
     MergeProducts,
+    FuseGatedActivation,
     GatherLogits,
 )
 """What `optimize` runs, in order, with what users register between."""

@@ -20,6 +20,7 @@ _ALONG = {
     "ScatterElements": 0,
     "Concat": None,
     "Split": 0,
+    "GatedActivation": -1,
 }
 _NORMS = frozenset(("RMSNormalization", "LayerNormalization"))
 _REDUCE = frozenset(

@@ -8,6 +8,7 @@ import onnx_graphsurgeon as gs
 from llmlab.graph.edit import Editor, producer
 from llmlab.graph.functions import record_implementation
 from llmlab.graph.graph import Graph
+from llmlab.graph.lower.gated import expand_gated
 from llmlab.graph.lower.onnxruntime_attention import AttentionLowering
 from llmlab.graph.lower.onnxruntime_moe import lower_experts
 from llmlab.graph.lower.onnxruntime_products import lower_products, split_products
@@ -52,6 +53,7 @@ def lower(graph: Graph, capacity: int) -> Graph:
     packed = [lowering.packed_qkv(node) for node in attention]
     for layer, (node, qkv) in enumerate(zip(attention, packed, strict=True)):
         lowering.lower(node, qkv, layer)
+    expand_gated(edit)
     surgeon.cleanup().toposort()
     split_products(edit, {id(producer(qkv)) for qkv in packed if qkv is not None})
     lower_products(edit)
