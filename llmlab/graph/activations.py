@@ -16,8 +16,8 @@ from llmlab.kernels.activations import ACTIVATIONS, gelu, gelu_tanh, relu, sigmo
 
 _MOST_NODES = 16
 _TOLERANCE = 1e-6  # constants are float32; gelu and its tanh approximation differ by 5e-4
-_GRID: NDArray[np.float64] = np.linspace(-9, 9, 145)
-_OPS: Mapping[str, Callable[..., NDArray[np.float64]]] = {
+_GRID: NDArray[np.floating] = np.linspace(-9, 9, 145)
+_OPS: Mapping[str, Callable[..., NDArray[np.floating]]] = {
     "Add": np.add,
     "Div": np.divide,
     "Erf": np.vectorize(math.erf, otypes=[np.float64]),
@@ -87,7 +87,7 @@ def activation_of(tensor: gs.Tensor, x: gs.Tensor) -> Activation | None:
     if found is None or found.shape != _GRID.shape or not np.all(np.isfinite(found)):
         return None
     for kind in ("gelu", "gelu_tanh", "relu", "sigmoid"):
-        if _equal(found, ACTIVATIONS[kind](_GRID)):
+        if _equal(found, ACTIVATIONS[kind](_GRID, 1.0)):
             return Activation(kind)
     share = float(np.interp(1.0, _GRID, found))  # x = 1 is on the grid: sigmoid(alpha), if it is a silu
     if 0 < share < 1:
@@ -97,11 +97,11 @@ def activation_of(tensor: gs.Tensor, x: gs.Tensor) -> Activation | None:
     return None
 
 
-def _equal(found: NDArray[np.float64], expected: NDArray[np.float64]) -> bool:
+def _equal(found: NDArray[np.floating], expected: NDArray[np.floating]) -> bool:
     return bool(np.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE))
 
 
-def _evaluate(tensor: gs.Tensor, x: gs.Tensor, known: dict[int, Any]) -> NDArray[np.float64] | None:
+def _evaluate(tensor: gs.Tensor, x: gs.Tensor, known: dict[int, Any]) -> NDArray[np.floating] | None:
     if id(tensor) in known:
         return known[id(tensor)]
     constant = scalar(tensor)

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from math import erf, sqrt
-
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+from llmlab.kernels.activations import ACTIVATIONS
 
-_erf = np.vectorize(erf, otypes=[np.float64])
-ACTIVATIONS: Mapping[str, Callable[[Array, float], Array]] = {
-    "silu": lambda x, alpha: x / (1 + np.exp(-alpha * x)),
-    "gelu": lambda x, alpha: (x * 0.5 * (1 + _erf(x / sqrt(2)))).astype(x.dtype),
-    "gelu_tanh": lambda x, alpha: 0.5 * x * (1 + np.tanh(sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
-    "relu": lambda x, alpha: np.maximum(x, 0),
-}
-"""What the gate goes through; `alpha` is the slope inside silu's sigmoid, and means nothing to the others."""
+Array = NDArray[np.float32]
 
 
 def gated(
@@ -38,8 +28,7 @@ def gated(
     gate, up = (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :inner], x[..., inner:])
     if limit > 0:
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-    with np.errstate(over="ignore"):
-        return ACTIVATIONS[activation](gate, alpha) * (up + beta)
+    return ACTIVATIONS[activation](gate, alpha) * (up + beta)
 
 
 def mixture_of_experts(

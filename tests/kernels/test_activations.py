@@ -22,9 +22,9 @@ def test_they_are_torchs(kind: str) -> None:
         "sigmoid": torch.sigmoid,
     }
     expected = theirs[kind](torch.tensor(X)).numpy()
-    np.testing.assert_allclose(ACTIVATIONS[kind](X), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(ACTIVATIONS[kind](X, 1.0), expected, rtol=1e-12, atol=1e-12)
     others = [k for k in ACTIVATIONS if k != kind]
-    assert all(np.abs(ACTIVATIONS[k](X) - expected).max() > 1e-4 for k in others)
+    assert all(np.abs(ACTIVATIONS[k](X, 1.0) - expected).max() > 1e-4 for k in others)
 
 
 def test_the_gate_is_the_half_that_is_named() -> None:

@@ -16,18 +16,20 @@ def expand_gated(edit: Editor) -> None:
         sizes = edit.constant(f"{where}/widths", np.array([width, width], np.int64))
         halves = edit.add_many("Split", where, [node.inputs[0], sizes], {"axis": -1}, [(out.dtype, out.shape)] * 2)
         gate, up = halves if node.attrs["gate_first"] else halves[::-1]
-        active = _active(edit, where, node.attrs["activation"], float(node.attrs["alpha"]), gate)
+        active = activate(edit, where, node.attrs["activation"], float(node.attrs["alpha"]), gate)
         edit.replace(out, edit.add("Mul", where, [active, up], dtype=out.dtype, shape=out.shape))
         node.outputs.clear()
 
 
-def _active(edit: Editor, where: str, kind: str, alpha: float, gate: gs.Variable) -> gs.Tensor:
+def activate(edit: Editor, where: str, kind: str, alpha: float, x: gs.Variable) -> gs.Variable:
+    """Nodes for one of `kernels.activations.ACTIVATIONS`; `alpha` is silu's."""
+
     def add(op: str, *inputs: gs.Tensor, **attrs: str) -> gs.Variable:
-        return edit.add(op, where, list(inputs), attrs, dtype=gate.dtype, shape=gate.shape)
+        return edit.add(op, where, list(inputs), attrs, dtype=x.dtype, shape=x.shape)
 
     if kind in ("gelu", "gelu_tanh"):
-        return add("Gelu", gate, approximate="tanh" if kind == "gelu_tanh" else "none")
+        return add("Gelu", x, approximate="tanh" if kind == "gelu_tanh" else "none")
     if kind in ("relu", "sigmoid"):
-        return add(kind.capitalize(), gate)
-    scaled = gate if alpha == 1 else add("Mul", gate, edit.constant(f"{where}/alpha", np.asarray(alpha, gate.dtype)))
-    return add("Mul", gate, add("Sigmoid", scaled))
+        return add(kind.capitalize(), x)
+    scaled = x if alpha == 1 else add("Mul", x, edit.constant(f"{where}/alpha", np.asarray(alpha, x.dtype)))
+    return add("Mul", x, add("Sigmoid", scaled))

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import Editor, operand, producer, scope, value
 from llmlab.graph.lazy import row
+from llmlab.graph.lower.gated import activate
 from llmlab.graph.storage import onnx_dtype
 
 _FLOAT, _INT64 = np.dtype(np.float32), np.dtype(np.int64)
@@ -198,11 +199,5 @@ def _gate(edit: Editor, where: str, both: gs.Tensor, attrs: dict[str, Any], inne
     if attrs["limit"]:
         high, low = number("limit", attrs["limit"]), number("limit", -attrs["limit"])
         gate, up = make("Min", gate, high), make("Clip", up, low, high)
-    if attrs["activation"] == "silu":
-        slope = make("Mul", gate, number("alpha", attrs["alpha"])) if attrs["alpha"] != 1 else gate
-        active = make("Mul", gate, make("Sigmoid", slope))
-    elif attrs["activation"] == "relu":
-        active = make("Relu", gate)
-    else:
-        active = make("Gelu", gate, approximate="tanh" if attrs["activation"] == "gelu_tanh" else "none")
+    active = activate(edit, where, attrs["activation"], attrs["alpha"], gate)
     return make("Mul", active, make("Add", up, number("beta", attrs["beta"])) if attrs["beta"] else up)
