@@ -1,0 +1,156 @@
+"""Paged attention for decode: one new token a sequence, its keys split over programs, a group's heads packed in a tile."""
+
+from __future__ import annotations
+
+from llmlab.errors import require
+from llmlab.kernels.gpu.common import LOG2E, block_rows, score
+
+triton = require("triton", "tensorrt")
+tl = require("triton.language", "tensorrt")
+
+
+@triton.jit
+def paged_decode(
+    out,  # [T, num_heads · HEAD_DIM]; written where SPLITS is 1
+    partial,  # f32 [B, num_heads, SPLITS, HEAD_DIM]; written where SPLITS is not 1
+    partial_lse,  # f32 [B, num_heads, SPLITS]: log2 of the split's softmax sum, -inf where it has no keys
+    q,  # [T, num_heads · HEAD_DIM], rows `q_stride` apart
+    pool,  # [2, blocks, kv_heads, BLOCK_SIZE, HEAD_DIM]
+    query_start,  # i32 [B+1]
+    kv_len,  # i32 [B]
+    block_table,  # i32 [B, table_stride]
+    alibi_slopes,  # f32 [num_heads]; read where ALIBI
+    sinks,  # f32 [num_heads]; read where SINKS
+    k_scale,  # f32 [kv_heads]; read where the pool is int8 or fp8 (QUANTIZED)
+    v_scale,  # f32 [kv_heads]
+    scale,  # f32
+    q_stride,
+    pool_half,  # elements of the keys' half of the pool
+    table_stride,
+    kv_heads,
+    GROUP: tl.constexpr,  # query heads a KV head
+    GROUP_PAD: tl.constexpr,  # GROUP rounded up to a power of two, at least 16: the rows of a tensor-core tile
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,  # HEAD_DIM rounded up to a power of two
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,  # keys a step of the loop
+    SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SINKS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+):
+    """Grid (B, kv_heads, SPLITS). Sequences with another number of new tokens than one are left alone."""
+    seq, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(query_start + seq)
+    if tl.load(query_start + seq + 1) - row != 1:
+        return
+    length = tl.load(kv_len + seq)
+    member = tl.arange(0, GROUP_PAD)
+    heads = head * GROUP + member
+    dims = tl.arange(0, DIM_PAD)
+    real = member < GROUP
+    in_head = dims < HEAD_DIM
+    q_tile = tl.load(
+        q + row.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + dims[None],
+        mask=real[:, None] & in_head[None],
+        other=0.0,
+    )
+    scale2 = scale * LOG2E
+    if QUANTIZED:
+        scale2 = scale2 * tl.load(k_scale + head)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length - WINDOW, 0) // TILE * TILE
+    tiles = tl.cdiv(tl.cdiv(length - first, TILE), SPLITS)
+    start = first + split * tiles * TILE
+    end = tl.minimum(start + tiles * TILE, length)
+
+    best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    slope = tl.zeros([GROUP_PAD], tl.float32)
+    if ALIBI:
+        slope = tl.load(alibi_slopes + heads, mask=real, other=0.0) * LOG2E
+    table = block_table + seq * table_stride
+    for at in range(start, end, TILE):
+        keys = at + tl.arange(0, TILE)
+        rows = block_rows(table, keys, end, head, kv_heads, BLOCK_SIZE, HEAD_DIM)
+        visible = keys < end
+        if WINDOW > 0:
+            visible = visible & (keys >= length - WINDOW)
+        k = tl.load(pool + rows[None] + dims[:, None], mask=visible[None] & in_head[:, None], other=0.0)
+        v = tl.load(pool + pool_half + rows[:, None] + dims[None], mask=visible[:, None] & in_head[None], other=0.0)
+        s = score(q_tile, k.to(q_tile.dtype), scale2, SOFTCAP)
+        if ALIBI:
+            s += slope[:, None] * (keys - (length - 1))[None].to(tl.float32)
+        s = tl.where(visible[None], s, float("-inf"))
+        new = tl.maximum(best, tl.max(s, 1))
+        base = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no key yet
+        p = tl.exp2(s - base[:, None])
+        fade = tl.exp2(best - base)
+        total = total * fade + tl.sum(p, 1)
+        acc = acc * fade[:, None] + tl.dot(p.to(q_tile.dtype), v.to(q_tile.dtype))
+        best = new
+
+    if QUANTIZED:
+        acc = acc * tl.load(v_scale + head)
+    if SPLITS == 1:
+        if SINKS:
+            total += tl.exp2(tl.load(sinks + heads, mask=real, other=0.0) * LOG2E - best)
+        result = acc / total[:, None]
+        tl.store(
+            out + row.to(tl.int64) * (kv_heads * GROUP * HEAD_DIM) + heads[:, None] * HEAD_DIM + dims[None],
+            result.to(out.dtype.element_ty),
+            mask=real[:, None] & in_head[None],
+        )
+    else:
+        place = (seq * kv_heads * GROUP + heads) * SPLITS + split
+        safe = tl.where(total > 0, total, 1.0)
+        tl.store(partial_lse + place, tl.where(total > 0, best + tl.log2(safe), float("-inf")), mask=real)
+        tl.store(
+            partial + place[:, None].to(tl.int64) * HEAD_DIM + dims[None],
+            acc / safe[:, None],
+            mask=real[:, None] & in_head[None],
+        )
+
+
+@triton.jit
+def merge_splits(
+    out,  # [T, num_heads · HEAD_DIM]
+    partial,  # f32 [B, num_heads, SPLITS, HEAD_DIM]
+    partial_lse,  # f32 [B, num_heads, SPLITS]
+    query_start,  # i32 [B+1]
+    sinks,  # f32 [num_heads]; read where SINKS
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """Grid (B, num_heads): the splits' results, weighted by their softmax sums."""
+    seq, head = tl.program_id(0), tl.program_id(1)
+    row = tl.load(query_start + seq)
+    if tl.load(query_start + seq + 1) - row != 1:
+        return
+    splits, dims = tl.arange(0, SPLITS_PAD), tl.arange(0, DIM_PAD)
+    place = (seq * num_heads + head) * SPLITS + splits
+    lse = tl.load(partial_lse + place, mask=splits < SPLITS, other=float("-inf"))
+    best = tl.max(lse, 0)
+    weight = tl.exp2(lse - best)
+    values = tl.load(
+        partial + place[:, None].to(tl.int64) * HEAD_DIM + dims[None],
+        mask=(splits < SPLITS)[:, None] & (dims < HEAD_DIM)[None],
+        other=0.0,
+    )
+    total = tl.sum(weight, 0)
+    if SINKS:
+        total += tl.exp2(tl.load(sinks + head) * LOG2E - best)
+    result = tl.sum(values * weight[:, None], 0) / total
+    tl.store(
+        out + (row.to(tl.int64) * num_heads + head) * HEAD_DIM + dims,
+        result.to(out.dtype.element_ty),
+        mask=dims < HEAD_DIM,
+    )

@@ -1,0 +1,122 @@
+"""How a kernel is cut into programs: tile sizes, warps, splits and grids. Plain integers, no GPU library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+def power_of_two(n: int, at_least: int = 1) -> int:
+    """The smallest power of two that is not under `n` or `at_least`."""
+    return max(at_least, 1 << max(0, n - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """What is fixed about one attention layer when its kernels are compiled."""
+
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    window: int = 0
+    softcap: float = 0.0
+    alibi: bool = False
+    sinks: bool = False
+    quantized: bool = False
+    """Whether the pool is int8 or fp8, with one scale per KV head for keys and one for values."""
+
+    @property
+    def group(self) -> int:
+        """Query heads a KV head."""
+        return self.num_heads // self.kv_heads
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "GROUP": self.group,
+            "HEAD_DIM": self.head_dim,
+            "DIM_PAD": power_of_two(self.head_dim, 16),
+            "BLOCK_SIZE": self.block_size,
+            "WINDOW": self.window,
+            "SOFTCAP": self.softcap,
+            "ALIBI": self.alibi,
+            "SINKS": self.sinks,
+            "QUANTIZED": self.quantized,
+        }
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's compile-time constants, its compiler options and its grid."""
+
+    constants: dict[str, Any]
+    options: dict[str, int]
+    grid: tuple[int, ...]
+
+
+def decode_splits(kind: AttentionKind, batch: int, longest: int, multiprocessors: int) -> int:
+    """Programs that share a sequence's keys: two a multiprocessor over the whole grid, none with fewer than 256 keys."""
+    wanted = 2 * multiprocessors // max(1, batch * kind.kv_heads)
+    seen = min(longest, kind.window) if kind.window else longest
+    return max(1, min(wanted, 64, -(-seen // 256)))
+
+
+def decode(kind: AttentionKind, batch: int, splits: int) -> Launch:
+    """`paged_decode` for `batch` sequences of one new token each."""
+    wide = kind.head_dim > 128
+    constants = {
+        **kind._common(),
+        "GROUP_PAD": power_of_two(kind.group, 16),
+        "TILE": 64 if wide else 128,
+        "SPLITS": splits,
+    }
+    return Launch(constants, {"num_warps": 4, "num_stages": 3}, (batch, kind.kv_heads, splits))
+
+
+def merge(kind: AttentionKind, batch: int, splits: int) -> Launch:
+    """`merge_splits` behind a `decode` with more than one split."""
+    constants = {
+        "HEAD_DIM": kind.head_dim,
+        "DIM_PAD": power_of_two(kind.head_dim, 16),
+        "SPLITS": splits,
+        "SPLITS_PAD": power_of_two(splits),
+        "SINKS": kind.sinks,
+    }
+    return Launch(constants, {"num_warps": 4, "num_stages": 1}, (batch, kind.num_heads))
+
+
+def prefill(kind: AttentionKind, tokens: int, batch: int, *, decodes: bool) -> Launch:
+    """`paged_prefill` for `tokens` new tokens of `batch` sequences; `decodes`: those with a single one too."""
+    small = tokens * kind.group <= 16 * batch  # mostly decodes: a large tile would be mostly empty
+    rows = max(16 if small else 128 if kind.head_dim <= 128 else 64, power_of_two(kind.group))
+    per_tile = rows // kind.group
+    wide = kind.head_dim > 64
+    constants = {
+        **kind._common(),
+        "TOKENS": per_tile,
+        "ROWS": rows,
+        "TILE": 128 if wide and kind.head_dim <= 128 else 64,
+        "DECODES": decodes,
+    }
+    options = {"num_warps": 8 if rows >= 128 else 4, "num_stages": 2 if wide else 3}
+    return Launch(constants, options, (tokens // per_tile + batch, kind.kv_heads))
+
+
+def locate(kind: AttentionKind, batch: int, chunks: int = 1) -> Launch:
+    """`locate_tokens`, once a step."""
+    return Launch({"BLOCK_SIZE": kind.block_size, "CHUNK": 128}, {"num_warps": 4}, (batch, chunks))
+
+
+def write(kind: AttentionKind, tokens: int, *, rotary: int, interleaved: bool) -> Launch:
+    """`rope_and_write` for `tokens` new tokens; `rotary` channels of a head turn."""
+    constants = {
+        "GROUP": kind.group,
+        "GROUP_PAD": power_of_two(kind.group),
+        "HEAD_DIM": kind.head_dim,
+        "DIM_PAD": power_of_two(kind.head_dim, 16),
+        "BLOCK_SIZE": kind.block_size,
+        "ROTARY": rotary,
+        "INTERLEAVED": interleaved,
+        "QUANTIZED": kind.quantized,
+    }
+    return Launch(constants, {"num_warps": 1}, (tokens, kind.kv_heads))
