@@ -24,15 +24,10 @@ NOT_TRACED = "torch can't export it"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gemma2": ({"model_type": "gemma2", "head_dim": 16}, NOT_FOUND),
     "bloom": ({"model_type": "bloom", "n_layer": 2, "n_head": 4}, NOT_FOUND),
-    "gpt2": (
-        {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_positions": 64, "n_embd": 64},
-        "may mix tokens of different sequences",
-    ),
     "mamba": ({"model_type": "mamba"}, NOT_TRACED),
 }
 REFUSED_SLOW: dict[str, tuple[dict[str, Any], str]] = {
     "phi3": ({"model_type": "phi3"}, "may mix tokens of different sequences"),
-    "opt": ({"model_type": "opt", "ffn_dim": 80, "word_embed_proj_dim": 64}, "may mix tokens of different sequences"),
     "cohere": ({"model_type": "cohere"}, "model.rotary_emb/Expand"),
     "falcon": ({"model_type": "falcon"}, NOT_FOUND),
     "dynamic rope": (
@@ -47,6 +42,9 @@ REFUSED_SLOW: dict[str, tuple[dict[str, Any], str]] = {
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LOCAL = ["sliding_attention", "full_attention", "sliding_attention"]
 RIGHT: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_positions": 64, "n_embd": 64},
+    "opt": {"model_type": "opt", "ffn_dim": 80, "word_embed_proj_dim": 64},
+    "opt, narrow words": {"model_type": "opt", "ffn_dim": 80, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
     "biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "yarn": {"model_type": "llama", "rope_parameters": YARN},
     "window in some layers": {
@@ -181,7 +179,7 @@ def toy(mask: str, mixer: str = "none") -> Any:
         ("none", "none", "it is not causal: every token sees every other"),
         ("padding", "none", "the mask depends on the tokens themselves"),
         ("bias", "none", "the mask adds numbers to the scores (a position bias)"),
-        ("causal", "cumsum", "CumSum is not known to keep tokens apart"),
+        ("causal", "cumsum", "it works along the token axis"),
         ("causal", "mean", "may mix tokens of different sequences"),
         ("causal", "softmax", "it works along the token axis"),
     ],

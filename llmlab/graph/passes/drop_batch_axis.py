@@ -9,62 +9,12 @@ import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import Editor, constant_expression, ints, operand, producer, scope, value
 from llmlab.graph.functions import function_of
+from llmlab.graph.operators import ELEMENTWISE, REDUCTIONS
 from llmlab.graph.passes.simplify import same_shape
 from llmlab.graph.rewrite import Match, Pass
 
-ELEMENTWISE = frozenset(
-    [
-        "Abs",
-        "Add",
-        "And",
-        "Cast",
-        "Ceil",
-        "Clip",
-        "Cos",
-        "Div",
-        "Equal",
-        "Erf",
-        "Exp",
-        "Floor",
-        "Gelu",
-        "Greater",
-        "GreaterOrEqual",
-        "HardSigmoid",
-        "HardSwish",
-        "Identity",
-        "LeakyRelu",
-        "Less",
-        "LessOrEqual",
-        "Log",
-        "Max",
-        "Min",
-        "Mish",
-        "Mod",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "Pow",
-        "Reciprocal",
-        "Relu",
-        "Round",
-        "Selu",
-        "Sigmoid",
-        "Sign",
-        "Sin",
-        "Softplus",
-        "Softsign",
-        "Sqrt",
-        "Sub",
-        "Swish",
-        "Tanh",
-        "ThresholdedRelu",
-        "Where",
-        "Xor",
-    ]
-)
 _AXIS = frozenset(("Softmax", "LogSoftmax", "RMSNormalization", "LayerNormalization", "Split", "Concat"))
-_AXES = frozenset(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceSumSquare", "ReduceL2"))
+_AXES = REDUCTIONS
 
 
 class DropBatchAxis(Pass):

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from llmlab.graph.edit import Editor, constant_expression, ints, operand, other, producer, scalar, scope
 from llmlab.graph.evaluate import excerpt
 from llmlab.graph.graph import LLMLAB_DOMAIN
-from llmlab.graph.passes.drop_batch_axis import ELEMENTWISE
+from llmlab.graph.operators import ELEMENTWISE
 from llmlab.graph.rewrite import Match, Pass
 from llmlab.kernels.experts import ACTIVATIONS, gated
 
