@@ -9,6 +9,7 @@ from llmlab.graph.graph import Graph
 from llmlab.graph.passes.drop_batch_axis import DropBatchAxis
 from llmlab.graph.passes.fold_constants import FoldConstants
 from llmlab.graph.passes.fuse_activation import FuseActivation
+from llmlab.graph.passes.fuse_attention import FuseAttention
 from llmlab.graph.passes.fuse_gated_activation import FuseGatedActivation
 from llmlab.graph.passes.fuse_layer_norm import FuseLayerNorm
 from llmlab.graph.passes.fuse_rms_norm import FuseRMSNorm
@@ -42,6 +43,8 @@ PASSES: tuple[Callable[[], Pass], ...] = (
     FuseRMSNorm,
     FuseActivation,
     FuseRoPE,
+    FuseAttention,
+    ShareCommon,
     RemoveGQAExpansion,
     RecogniseMask,
     PackTokens,
@@ -97,7 +100,8 @@ def _verify(graph: Graph) -> None:
             f"{kind}: {left[0].name} can't be paged ({'; '.join(reasons) or 'no pass matched it'})"
         )
     if graph.kind != "serving":
-        raise UnsupportedModelError(f"{kind}: no attention was found in its graph")
+        reasons = [f"{node}: {why}" for (p, node), why in misses.items() if p == FuseAttention.name][:1]
+        raise UnsupportedModelError(f"{kind}: no attention was found in its graph{''.join(f' ({r})' for r in reasons)}")
     if (mixing := mixing_node(graph)) is not None:
         node, reason = mixing
         raise UnsupportedModelError(f"{kind}: {node.name} ({node.op}) may mix tokens of different sequences: {reason}")

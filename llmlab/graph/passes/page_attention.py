@@ -9,8 +9,9 @@ import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import Dim, Editor, operand, producer, scope
 from llmlab.graph.graph import LLMLAB_DOMAIN
+from llmlab.graph.passes.fuse_attention import SINKS
 from llmlab.graph.passes.pack_tokens import TOKENS
-from llmlab.graph.passes.recognise_mask import WINDOW
+from llmlab.graph.passes.recognise_mask import ALIBI_SLOPES, WINDOW
 from llmlab.graph.rewrite import Match, Pass
 
 _METADATA = ("query_start", "kv_len", "block_table", "position_ids")
@@ -30,7 +31,7 @@ class PageAttention(Pass):
             return "its mask was not recognised"
         if not node.attrs.get("is_causal"):
             return "it is not causal: every token sees every other"
-        if any(operand(node, i) is not None for i in range(4, len(node.inputs))) or len(node.outputs) > 1:
+        if any(operand(node, i) is not None for i in range(4, SINKS)) or len(node.outputs) > 1:
             return "it has a KV cache of its own already"
         if node.attrs.get("qk_matmul_output_mode", 0):
             return "its scores are an output"
@@ -77,7 +78,15 @@ class PageAttention(Pass):
         out, updated = edit.add_many(
             "PagedAttention",
             where,
-            [*rows, cache, *(metadata[n] for n in _METADATA), cos, sin],
+            [
+                *rows,
+                cache,
+                *(metadata[n] for n in _METADATA),
+                cos,
+                sin,
+                operand(node, ALIBI_SLOPES),
+                operand(node, SINKS),
+            ],
             attrs,
             [(dtype, [TOKENS, match.heads * match.dim]), (dtype, shape)],
             domain=LLMLAB_DOMAIN,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.edit import Editor, operand
+from llmlab.graph.edit import Editor, operand, scope
 from llmlab.graph.masks import MaskKind, classify
 from llmlab.graph.rewrite import Match, Pass
 
 
 class RecogniseMask(Pass):
-    """A mask that turns out causal when it is evaluated → Attention's `is_causal`; a window → `llmlab_window`."""
+    """A mask that turns out causal when it is evaluated → Attention's `is_causal`; a window and ALiBi's slopes beside it."""
 
     name = "recognise_mask"
 
@@ -28,14 +29,28 @@ class RecogniseMask(Pass):
         if name not in self._kinds:
             self._kinds[name] = classify(match.mask, edit.graph.config.max_position_embeddings)
         match.kind = self._kinds[name]
+        if match.kind.reason is None and match.kind.slopes:
+            shape = match.node.inputs[0].shape
+            heads = shape[1] if shape is not None and len(shape) == 4 else None
+            if not isinstance(heads, int) or len(match.kind.slopes) not in (1, heads):
+                return f"its mask has {len(match.kind.slopes)} heads, and q has shape {shape}"
+            match.slopes = np.resize(np.array(match.kind.slopes, np.float32), heads)
         return match.kind.reason
 
     def rewrite(self, edit: Editor, match: Match) -> None:
-        match.node.inputs = list(match.node.inputs)[:3]
-        match.node.attrs["is_causal"] = 1
+        node = match.node
+        node.inputs[3] = gs.Variable.empty()
+        while node.inputs[-1].is_empty():
+            node.inputs.pop()
+        node.attrs["is_causal"] = 1
         if match.kind.window:
-            match.node.attrs[WINDOW] = match.kind.window
+            node.attrs[WINDOW] = match.kind.window
+        if match.kind.slopes:
+            node.inputs += [gs.Variable.empty() for _ in range(ALIBI_SLOPES - len(node.inputs))]
+            node.inputs.append(edit.constant(f"{scope(node)}.alibi_slopes", match.slopes))
 
 
 WINDOW = "llmlab_window"
 """Attribute that keeps a window between this pass and the next; the standard operator has none."""
+ALIBI_SLOPES = 8
+"""Input of Attention that keeps ALiBi's slopes [heads] between this pass and the next; the standard operator has none."""

@@ -5,7 +5,7 @@ import pytest
 from small_graphs import apply, attention_graph, ops, padded_tokens, refused, run, same
 
 from llmlab.graph.masks import classify
-from llmlab.graph.passes.recognise_mask import WINDOW, RecogniseMask
+from llmlab.graph.passes.recognise_mask import ALIBI_SLOPES, WINDOW, RecogniseMask
 
 POSITIONS = """
     n = Shape<start=1, end=2>(input_ids)
@@ -79,15 +79,20 @@ REFUSED = {
     ),
     "chunks": (
         "w = Constant<value_int=48>() cq = Div(query, w) ck = Div(key, w) e = Equal(cq, ck) mask = And(causal, e)",
-        "the mask is neither causal nor a window (at 49 tokens)",
+        "attention stays within chunks of 48 tokens, which can't be paged",
     ),
     "every other": (
         "w = Constant<value_int=2>() d = Sub(query, key) r = Mod(d, w) e = Equal(r, i0) mask = And(causal, e)",
         "the mask is neither causal nor a window (at 3 tokens)",
     ),
     "bias": (
-        ADDITIVE + "d = Sub(key, query) b = Cast<to=1>(d) mask = Where(causal, b, low)",
-        "the mask adds numbers to the scores (a position bias)",
+        ADDITIVE + "d = Sub(query, key) f = Cast<to=1>(d) b = Sqrt(f) minus = Neg(b) mask = Where(causal, minus, low)",
+        "the mask adds numbers to the scores that are not ALiBi (at 7 tokens it is not linear in the key's position)",
+    ),
+    "bias by length": (
+        ADDITIVE
+        + "d = Sub(key, query) f = Cast<to=1>(d) long = Cast<to=1>(n0) b = Div(f, long) mask = Where(causal, b, low)",
+        "the mask adds numbers to the scores that are not ALiBi (it changes with the sequence's length)",
     ),
     "padding": (
         "p = Equal(input_ids, i0) real0 = Not(p) ax = Constant<value_ints=[1, 2]>() real = Unsqueeze(real0, ax) mask = And(real, causal)",
@@ -119,6 +124,44 @@ def test_a_mask_that_cannot_be_evaluated_is_refused() -> None:
     before = graph("q2 = Gather(stored, query) mask = LessOrEqual(key, q2)", stored=np.arange(5))
     reason = refused(RecogniseMask, before)
     assert reason.startswith("the mask can't be evaluated for 7 tokens (") and "\n" not in reason
+
+
+DISTANCE = "d = Sub(key, query) f0 = Cast<to=1>(d) f = Mul(f0, slopes)"
+ALIBI = {
+    "distance": f"{DISTANCE} mask = Where(causal, f, low)",
+    "key alone": "f0 = Cast<to=1>(key) f = Mul(f0, slopes) hide = Where(causal, zero, low) mask = Add(f, hide)",
+    "from the end": "e = Sub(key, n0) f0 = Cast<to=1>(e) f = Mul(f0, slopes) mask = Where(causal, f, low)",
+    "with a window": f"w = Constant<value_int=5>() dq = Sub(query, key) near = Less(dq, w) see = And(causal, near) {DISTANCE} mask = Where(see, f, low)",
+}
+SLOPES = np.array([0.3, 0.04], np.float32).reshape(1, 2, 1, 1)
+
+
+@pytest.mark.parametrize("name", ALIBI)
+def test_alibi_in_any_spelling(name: str) -> None:
+    """A constant for each query changes no softmax, so the bias may count from anywhere."""
+    before = graph(ADDITIVE + ALIBI[name], slopes=SLOPES)
+    after, report = apply(RecogniseMask, before)
+    node = next(n for n in after.surgeon.nodes if n.op == "Attention")
+    assert report.rewrites == 1 and node.attrs["is_causal"] == 1
+    assert node.attrs.get(WINDOW, 0) == (5 if name == "with a window" else 0)
+    np.testing.assert_allclose(node.inputs[ALIBI_SLOPES].values, [0.3, 0.04], rtol=1e-5)
+
+
+def test_one_slope_for_all_heads() -> None:
+    after, _ = apply(RecogniseMask, graph(ADDITIVE + ALIBI["distance"], slopes=SLOPES[:, :1]))
+    node = next(n for n in after.surgeon.nodes if n.op == "Attention")
+    np.testing.assert_allclose(node.inputs[ALIBI_SLOPES].values, [0.3, 0.3], rtol=1e-5)
+
+
+def test_alibi_in_bfloat16_is_not_linear() -> None:
+    """Rounded to eight bits, as some models compute it: far keys fall together."""
+    bits = np.arange(300, dtype=np.float32).view(np.uint32) + 0x8000 & 0xFFFF0000
+    rounded = (bits.astype(np.uint32).view(np.float32) * 0.5).reshape(1, -1)
+    cut = "en = Concat<axis=0>(n) f0 = Slice(stored, ax0, en, ax1)"
+    before = graph(f"{ADDITIVE} {cut} mask = Where(causal, f0, low)", stored=rounded)
+    mask = next(n for n in before.surgeon.nodes if n.op == "Attention").inputs[3]
+    assert classify(mask, max_length=64).slopes == (0.5,)
+    assert "not linear" in str(classify(mask, max_length=300).reason)
 
 
 def test_a_mask_beside_is_causal_is_refused() -> None:
