@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,16 +81,18 @@ def cached_generation(model: Any, plan: Plan, vocab: int) -> list[NDArray[np.flo
     import torch
     from transformers import DynamicCache
 
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     result = []
     for tokens, chunks in zip(plan.tokens(vocab), plan.chunks, strict=True):
         cache, at, logits = DynamicCache(config=model.config), 0, []
         for count in filter(None, chunks):
+            extra = {"position_ids": torch.arange(at, at + count)[None]} if takes_positions else {}
             with torch.no_grad():
                 out = model(
                     input_ids=torch.tensor(tokens[None, at : at + count]),
-                    position_ids=torch.arange(at, at + count)[None],
                     past_key_values=cache,
                     use_cache=True,
+                    **extra,
                 )
             logits.append(out.logits[0].numpy())
             at += count

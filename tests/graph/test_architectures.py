@@ -19,24 +19,16 @@ from llmlab.graph.interpret import Interpreter
 from llmlab.graph.optimize import optimize
 
 TOLERANCE = 1e-4
-NOT_FOUND = "no attention was found in its graph"
 NOT_TRACED = "torch can't export it"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "gemma2": ({"model_type": "gemma2", "head_dim": 16}, NOT_FOUND),
-    "bloom": ({"model_type": "bloom", "n_layer": 2, "n_head": 4}, NOT_FOUND),
     "mamba": ({"model_type": "mamba"}, NOT_TRACED),
 }
 REFUSED_SLOW: dict[str, tuple[dict[str, Any], str]] = {
     "phi3": ({"model_type": "phi3"}, "may mix tokens of different sequences"),
     "cohere": ({"model_type": "cohere"}, "model.rotary_emb/Expand"),
-    "falcon": ({"model_type": "falcon"}, NOT_FOUND),
     "dynamic rope": (
         {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
         "torch can't export it: Could not guard on data-dependent expression",
-    ),
-    "gpt_neo": (
-        {"model_type": "gpt_neo", "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-        NOT_FOUND,
     ),
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -54,6 +46,14 @@ RIGHT: dict[str, dict[str, Any]] = {
         "max_window_layers": 1,
     },
     "gemma": {"model_type": "gemma", "head_dim": 16},
+    "gemma2": {"model_type": "gemma2", "head_dim": 16, "sliding_window": 6},
+    "gpt_neo": {
+        "model_type": "gpt_neo",
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 6,
+    },
     "gemma3": {
         "model_type": "gemma3_text",
         "head_dim": 16,
@@ -159,7 +159,9 @@ def toy(mask: str, mixer: str = "none") -> Any:
                 case "padding":
                     y = attend(q, k, v, attn_mask=causal & (input_ids != 0)[:, None, None])
                 case "bias":
-                    y = attend(q, k, v, attn_mask=torch.where(causal, (at[None] - at[:, None]) * 0.5, float("-inf")))
+                    y = attend(
+                        q, k, v, attn_mask=torch.where(causal, -((at[:, None] - at[None]) ** 2) * 0.1, float("-inf"))
+                    )
             y = self.o(y.transpose(1, 2).reshape(batch, length, 16))
             match mixer:
                 case "cumsum":
@@ -178,7 +180,7 @@ def toy(mask: str, mixer: str = "none") -> Any:
     [
         ("none", "none", "it is not causal: every token sees every other"),
         ("padding", "none", "the mask depends on the tokens themselves"),
-        ("bias", "none", "the mask adds numbers to the scores (a position bias)"),
+        ("bias", "none", "the mask adds numbers to the scores that are not ALiBi"),
         ("causal", "cumsum", "it works along the token axis"),
         ("causal", "mean", "may mix tokens of different sequences"),
         ("causal", "softmax", "it works along the token axis"),
