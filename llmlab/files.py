@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llmlab.errors import InputError, LlmlabError
 
-JSON_LIMIT = 64 << 20  # bytes; the largest tokenizer.json in use is about 35 MB
+# What a file from elsewhere may ask for, at most. Beyond it: one line that names the file and the limit.
+JSON_LIMIT = 64 << 20  # bytes of a JSON file; the largest tokenizer.json in use is about 35 MB
+PROTO_LIMIT = (2 << 30) - 1  # bytes of an ONNX file, as protobuf itself has it; weights beside it may be larger
+NAME_LIMIT = 1024  # characters of a name in an ONNX file
+COUNT_LIMIT = 1_000_000  # nodes, and initializers, of an ONNX file once its functions are written out
+DIM_LIMIT = (1 << 31) - 1  # a single dimension
+RANK_LIMIT = 32  # dimensions of a tensor, what every numpy can map
+WORK_LIMIT = 1 << 30  # bytes that the part of a graph which is executed (masks, tables, constants) may take
+TIME_LIMIT = 60.0  # seconds that it may run
 
 
 def read_bytes(path: Path, error: type[LlmlabError], limit: int = JSON_LIMIT) -> bytes:
-    """The file's bytes, or one line of `error` where it is missing, unreadable or larger than `limit` bytes."""
+    """The file's bytes, or one line of `error` where it is missing, unreadable, no file or larger than `limit` bytes."""
     try:
-        size = path.stat().st_size
-        if size > limit:
-            raise error(f"{path}: {size} bytes, more than the {limit} that such a file may have")
-        return path.read_bytes()
-    except OSError as problem:
-        raise error(f"{path}: can't be read ({problem.strerror or problem})") from problem
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise error(f"{path}: {size} bytes, more than the {limit} that such a file may have")
+            data = file.read(limit + 1)
+    except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
+        raise error(f"{path}: can't be read ({getattr(problem, 'strerror', None) or problem})") from problem
+    if len(data) > limit:  # it grew meanwhile, or has no size, as files in /proc
+        raise error(f"{path}: more than the {limit} bytes that such a file may have")
+    return data
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The file open for reading. OSError where it is anything but a file: a pipe or a device would be waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return os.fdopen(handle, "rb")
 
 
 def read_json(path: Path, error: type[LlmlabError], limit: int = JSON_LIMIT) -> Any:

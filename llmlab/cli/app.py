@@ -36,7 +36,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Source = Annotated[str, typer.Argument(help="Checkpoint folder, hub id (org/model), or the name `tinychat`.")]
+Source = Annotated[
+    str, typer.Argument(help="Checkpoint folder, hub id (org/model), the name `tinychat`, or an `.onnx` file.")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="For an `.onnx` file: its model's config.json.", show_default="the one beside it"),
+]
 EngineFolder = Annotated[Path, typer.Argument(help="Engine folder that `llmlab build` wrote.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; there whole or not at all.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
@@ -68,22 +74,23 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def export(
     source: Source,
     output: Output,
+    config: Config = None,
     trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Export a checkpoint to a plain ONNX graph.
+    """Export a checkpoint, or an ONNX file from elsewhere, to a plain ONNX graph.
 
     Next: `llmlab optimize`.
 
-    **Example:** `llmlab export tinychat -o graphs/plain`
+    **Examples:** `llmlab export tinychat -o graphs/plain`, `llmlab export model.onnx --config config.json -o graphs/mine`
     """
     import llmlab as ll
     from llmlab.cli import show
 
     show.check_output(output, force=force)
     with show.working(f"exporting {source}"):
-        graph = ll.export(source, trust_remote_code=trust_remote_code)
+        graph = ll.export(source, config=config, trust_remote_code=trust_remote_code)
         graph.save(output, overwrite=force)
     show.graph(graph, output, as_json=as_json)
 
@@ -113,7 +120,9 @@ def optimize(
 
 @app.command()
 def build(
-    source: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, `tinychat`, or a graph folder.")],
+    source: Annotated[
+        str, typer.Argument(help="Checkpoint folder, hub id, `tinychat`, an `.onnx` file, or a graph folder.")
+    ],
     output: Output,
     target: Annotated[str, typer.Option(help="What the engine runs on.")] = "onnxruntime",
     max_seq_len: Annotated[
@@ -123,6 +132,7 @@ def build(
     max_tokens_per_step: Annotated[
         int | None, typer.Option(min=1, help="Most tokens that one step works on.", show_default="256")
     ] = None,
+    config: Config = None,
     trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
     as_json: Json = False,
@@ -139,7 +149,7 @@ def build(
         graph = show.open_graph(source)
         if graph is None:
             now(f"exporting {source}")
-            graph = ll.export(source, trust_remote_code=trust_remote_code)
+            graph = ll.export(source, config=config, trust_remote_code=trust_remote_code)
         if graph.kind == "plain":
             now("optimizing the graph")
             graph = ll.optimize(graph)
@@ -252,7 +262,8 @@ def bench(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="Checkpoint folder, `tinychat`, graph folder, or engine folder.")],
+    path: Annotated[str, typer.Argument(help="Checkpoint folder, `tinychat`, `.onnx` file, graph or engine folder.")],
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint, a graph or an engine holds.
@@ -261,7 +272,7 @@ def inspect(
     """
     from llmlab.cli import show
 
-    show.anything(path, as_json=as_json)
+    show.anything(path, config=config, as_json=as_json)
 
 
 def main() -> None:

@@ -51,13 +51,17 @@ def open_graph(source: str) -> Graph | None:
     return Graph.load(folder) if (folder / "graph.json").is_file() else None
 
 
-def anything(path: str, *, as_json: bool) -> None:
-    """Show what lies at `path`, whatever it is."""
+def anything(path: str, *, config: Path | None = None, as_json: bool) -> None:
+    """Show what lies at `path`, whatever it is; `config` is an ONNX file's config.json."""
     folder = Path(path).expanduser()
     if (folder / "manifest.json").is_file():
         from llmlab.runtime.engine import Engine
 
         engine(Engine.load(folder), as_json=as_json)
+    elif path.endswith(".onnx"):
+        from llmlab.graph.export import export
+
+        graph(export(path, config=config), folder, as_json=as_json)
     elif (found := open_graph(path)) is not None:
         graph(found, folder, as_json=as_json)
     else:

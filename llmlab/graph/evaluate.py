@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_graphsurgeon as gs
-import onnxruntime as ort
 from numpy.typing import NDArray
 
+from llmlab.graph.bounded import BoundedSession, CannotEvaluate
 from llmlab.graph.edit import ancestors
 from llmlab.graph.graph import OPSET
 
+__all__ = ["CannotEvaluate", "PositionFunction"]
+
 INT64 = np.dtype(np.int64)
-
-
-class CannotEvaluate(Exception):
-    """ONNX Runtime doesn't run the excerpt, in one line."""
 
 
 class PositionFunction:
@@ -32,7 +30,7 @@ class PositionFunction:
             self.sources |= sources
         self.nodes = list(nodes.values())
         self.tensors = tensors
-        self._session: ort.InferenceSession | None = None
+        self._session: BoundedSession | None = None
 
     def dependence(self) -> str | None:
         """None where the tensors depend on positions and sizes alone, else what else they depend on."""
@@ -45,20 +43,17 @@ class PositionFunction:
 
     def __call__(self, position_ids: NDArray[np.int64]) -> list[np.ndarray]:
         """Evaluate at `position_ids` [batch, sequence]; `input_ids` are zeros of that shape. Raises CannotEvaluate."""
-        feeds = {"position_ids": position_ids, "input_ids": np.zeros_like(position_ids)}
-        try:
-            if self._session is None:
-                inputs = [gs.Variable(n, INT64, ["batch", "sequence"]) for n in sorted(self.sources)]
-                self._session = excerpt(self.nodes, self.tensors, inputs)
-            wanted = {i.name for i in self._session.get_inputs()}
-            results = self._session.run(None, {k: v for k, v in feeds.items() if k in wanted})
-        except Exception as problem:  # ONNX Runtime raises types of its own, one a status
-            raise CannotEvaluate(" ".join(str(problem).split())) from problem
-        return [np.asarray(r) for r in results]
+        if self._session is None:
+            inputs = [gs.Variable(n, INT64, ["batch", "sequence"]) for n in sorted(self.sources)]
+            self._session = excerpt(self.nodes, self.tensors, inputs)
+        return self._session.run({"position_ids": position_ids, "input_ids": np.zeros_like(position_ids)})
 
 
-def excerpt(nodes: list[gs.Node], tensors: list[gs.Tensor], inputs: list[gs.Variable]) -> ort.InferenceSession:
-    """A session that computes `tensors` with copies of `nodes`, from inputs that stand for the tensors of their names."""
+def excerpt(nodes: list[gs.Node], tensors: list[gs.Tensor], inputs: list[gs.Variable]) -> BoundedSession:
+    """A session that computes `tensors` with copies of `nodes`, from inputs that stand for the tensors of their names.
+
+    Raises CannotEvaluate.
+    """
     outputs = [gs.Variable(f"result_{i}", t.dtype, None) for i, t in enumerate(tensors)]
     by_name: dict[str, gs.Tensor] = {t.name: t for t in inputs}
     tails = [
@@ -76,12 +71,11 @@ def excerpt(nodes: list[gs.Node], tensors: list[gs.Tensor], inputs: list[gs.Vari
         for n in nodes
     ]
     graph = gs.Graph(copies + tails, inputs, outputs, opset=OPSET).toposort()
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    model = gs.export_onnx(graph, do_type_check=False, ir_version=11).SerializeToString()
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    try:
+        model = gs.export_onnx(graph, do_type_check=False, ir_version=11).SerializeToString()
+    except Exception as problem:  # the surgeon raises whatever an odd attribute makes of it
+        raise CannotEvaluate(" ".join(str(problem).split())) from problem
+    return BoundedSession(model)
 
 
 def _stand_in(tensor: gs.Tensor, by_name: dict[str, gs.Tensor]) -> gs.Tensor:

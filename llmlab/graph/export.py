@@ -1,4 +1,4 @@
-"""Checkpoint or torch module → the plain graph: what torch writes, stateless, over padded `[batch, sequence]` tokens."""
+"""Checkpoint, torch module or ONNX file → the plain graph: what torch writes, stateless, over padded `[batch, sequence]` tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from llmlab.checkpoint import Checkpoint, resolve
 from llmlab.config import ModelConfig
 from llmlab.errors import InputError, UnsupportedModelError, require
+from llmlab.files import read_json
+from llmlab.graph.from_onnx import ONNX_SUFFIX, open_onnx
 from llmlab.graph.graph import Graph
 from llmlab.graph.trace import quiet, reason, trace
 from llmlab.graph.weights import locate_weights
@@ -21,26 +23,30 @@ if TYPE_CHECKING:
 def export(
     source: str | Path | torch.nn.Module,
     *,
-    config: Mapping[str, Any] | ModelConfig | None = None,
+    config: Mapping[str, Any] | ModelConfig | str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Graph:
     """Export a model to a plain ONNX graph (opset 23, float32) with inputs `input_ids`, `position_ids` i64 [batch, sequence].
 
-    source: a checkpoint folder, a hub id, the name of a model that ships (`"tinychat"`), or a torch module whose
-        `forward(input_ids, position_ids)` returns logits [batch, sequence, vocab] (or an object with `.logits`).
-    config: for a torch module, its configuration (Hugging Face field names), unless the module has a `.config`.
+    source: a checkpoint folder, a hub id, the name of a model that ships (`"tinychat"`), a torch module whose
+        `forward(input_ids, position_ids)` returns logits [batch, sequence, vocab] (or an object with `.logits`), or an
+        ONNX file (`"model.onnx"`, see `open_onnx`), which needs no torch.
+    config: for a torch module, its configuration (Hugging Face field names), unless the module has a `.config`; for an
+        ONNX file the same or the path of a config.json, unless that lies beside it.
     trust_remote_code: run modelling code that the checkpoint brings. Off: such a checkpoint is refused.
 
     Weights keep their checkpoint names and stay where they are: memory maps into the safetensors files, in the type
     they are stored in, with a Cast to float32 behind those stored narrower.
     """
+    if isinstance(source, (str, Path)) and str(source).endswith(ONNX_SUFFIX):
+        return open_onnx(Path(source).expanduser(), config)
     torch = require("torch", "export")
     require("onnxscript", "export")
     if isinstance(source, torch.nn.Module):
         model_config = _module_config(source, config)
         return Graph(trace(source.eval(), {}, model_config.max_position_embeddings), model_config)
     if config is not None:
-        raise InputError("config goes with a torch module; a checkpoint brings its own config.json")
+        raise InputError("config goes with a torch module or an ONNX file; a checkpoint brings its own config.json")
     if not isinstance(source, (str, Path)):
         raise InputError(
             f"source is a {type(source).__name__}; expected a checkpoint folder, a hub id or a torch module"
@@ -49,9 +55,11 @@ def export(
     return Graph(_trace_checkpoint(checkpoint, trust_remote_code), checkpoint.config, checkpoint.assets)
 
 
-def _module_config(module: torch.nn.Module, config: Mapping[str, Any] | ModelConfig | None) -> ModelConfig:
+def _module_config(module: torch.nn.Module, config: Mapping[str, Any] | ModelConfig | str | Path | None) -> ModelConfig:
     if isinstance(config, ModelConfig):
         return config
+    if isinstance(config, (str, Path)):
+        return ModelConfig.from_hf(read_json(Path(config).expanduser(), InputError), where=str(config))
     if config is None and hasattr(module, "config"):
         config = module.config if isinstance(module.config, Mapping) else module.config.to_dict()
     if config is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from llmlab.errors import GraphError
-from llmlab.files import read_bytes
+from llmlab.files import PROTO_LIMIT, read_bytes
+from llmlab.graph.check import check_model
+from llmlab.graph.external import map_external
 
 MODEL, WEIGHTS = "graph.onnx", "weights.bin"
 _INLINE = 1024  # bytes; smaller constants stay in the protobuf
 _ALIGN = 4096  # bytes; so that a runtime can map each tensor
-_PROTO_LIMIT = 2 << 30
 
 
 class DeferredValues(LazyValues):
@@ -109,23 +110,21 @@ def from_proto(proto: onnx.ModelProto) -> gs.Graph:
     return graph
 
 
+def parse_onnx(path: Path) -> onnx.ModelProto:
+    """The protobuf at `path`. Raises GraphError where it is none, or larger than such a file may be."""
+    data = read_bytes(path, GraphError, PROTO_LIMIT)
+    try:
+        return onnx.load_model_from_string(data)
+    except DecodeError as problem:
+        raise GraphError(f"{path}: not an ONNX model: truncated or altered") from problem
+
+
 def read_onnx(folder: Path, model: str = MODEL, weights: str = WEIGHTS) -> gs.Graph:
     """Open what `write_onnx` wrote. Refuses weights outside `folder/weights` or past its end (GraphError)."""
     path = folder / model
-    try:
-        proto = onnx.load_model_from_string(read_bytes(path, GraphError, _PROTO_LIMIT))
-    except DecodeError as problem:
-        raise GraphError(f"{path}: not an ONNX model: truncated or altered") from problem
-    if (name := _external_elsewhere(proto)) is not None:
-        raise GraphError(
-            f"{path}: {name!r} lies in another file and is no initializer of the graph: altered, export it again"
-        )
-    data = folder / weights
-    size = data.stat().st_size if data.is_file() and not data.is_symlink() else 0
-    arrays = {}
-    for tensor in proto.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            arrays[tensor.name] = _map(path, tensor, data, size)
+    proto = parse_onnx(path)
+    check_model(proto, path, domains=None)
+    arrays = map_external(path, proto.graph.initializer, weights)
     try:
         graph = from_proto(proto)
         for tensor in graph.tensors().values():
@@ -139,42 +138,3 @@ def read_onnx(folder: Path, model: str = MODEL, weights: str = WEIGHTS) -> gs.Gr
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise GraphError(f"{path}: malformed ({reason}): altered, export it again") from problem
     return graph
-
-
-def _external_elsewhere(proto: onnx.ModelProto) -> str | None:
-    """The name of a tensor outside the graph's initializers that wants to be read from another file, if there is one."""
-    tensors: list[TensorProto] = [t for s in proto.graph.sparse_initializer for t in (s.values, s.indices)]
-    nodes = [*proto.graph.node, *(n for f in proto.functions for n in f.node)]
-    while nodes:
-        for attribute in nodes.pop().attribute:
-            tensors += [
-                attribute.t,
-                *attribute.tensors,
-                attribute.sparse_tensor.values,
-                attribute.sparse_tensor.indices,
-            ]
-            graphs = [attribute.g, *attribute.graphs]
-            tensors += [t for g in graphs for t in g.initializer]
-            nodes += [n for g in graphs for n in g.node]
-    return next((t.name for t in tensors if t.data_location == TensorProto.EXTERNAL), None)
-
-
-def _map(path: Path, tensor: TensorProto, data: Path, size: int) -> np.ndarray:
-    entry: Mapping[str, str] = {e.key: e.value for e in tensor.external_data}
-    if entry.get("location") != data.name:
-        raise GraphError(
-            f"{path}: {tensor.name!r} points to {entry.get('location')!r}, expected {data.name!r} beside the graph"
-        )
-    try:
-        offset = int(entry.get("offset", 0))
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    except (ValueError, KeyError, TypeError) as problem:
-        raise GraphError(f"{path}: the entry of {tensor.name!r} is malformed") from problem
-    nbytes = dtype.itemsize
-    for dim in tensor.dims:
-        nbytes *= dim
-    if offset < 0 or nbytes <= 0 or offset + nbytes > size or any(d <= 0 for d in tensor.dims):
-        raise GraphError(
-            f"{path}: {tensor.name!r} wants bytes {offset} to {offset + nbytes} of {data.name}, which has {size}: truncated or altered"
-        )
-    return np.memmap(data, dtype, "r", offset, tuple(tensor.dims))

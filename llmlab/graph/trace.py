@@ -18,6 +18,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from llmlab.errors import InputError, UnsupportedModelError, require
 from llmlab.graph.graph import OPSET
+from llmlab.graph.naming import SCOPES, innermost
 from llmlab.graph.storage import from_proto, onnx_dtype
 from llmlab.graph.torch_operator import add_functions, translations
 from llmlab.graph.weights import StoredWeight
@@ -159,8 +160,7 @@ def _name_nodes(model: Any) -> None:
     """Name each node after the module that made it: `model.layers.0.mlp/MatMul`."""
     count: Counter[str] = Counter()
     for node in model.graph:
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "").strip("[]").split(", ")
-        scope = scopes[-2].strip("'") if len(scopes) > 1 else ""
+        scope = innermost(node.metadata_props.get(SCOPES, ""))
         scope = scope.removeprefix(_ROOT) if scope not in (_ROOT.rstrip("."), _NO_MODULE) else ""
         name = f"{scope}/{node.op_type}"
         count[name] += 1

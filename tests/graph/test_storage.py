@@ -100,7 +100,7 @@ def test_weights_outside_the_folder_are_refused(folder: Path, location: str) -> 
 def test_weights_behind_a_link_are_refused(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder.parent / "outside")
     (folder / WEIGHTS).symlink_to(folder.parent / "outside")
-    assert "truncated or altered" in refusal(folder)
+    assert "which can't be read (a link or no file)" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,6 @@ def test_files_that_are_cut_are_refused(folder: Path, name: str, how: str) -> No
     (folder / name).unlink()
     if how != "missing":
         (folder / name).write_bytes(data[: len(data) // 2] if how == "half" else b"")
-    if name == MODEL and how == "empty":
-        return  # an empty protobuf is an empty model; optimize says what it misses
     assert name in refusal(folder)
 
 

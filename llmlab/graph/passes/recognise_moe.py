@@ -199,7 +199,7 @@ def _recognise(inner: gs.Tensor, gate: Gate) -> dict[str, Any] | None:
     x = np.random.default_rng(0).uniform(-_SPREAD, _SPREAD, (_ROWS, width)).astype(np.float32)
     stand_in = gs.Variable(gate.source.name, np.dtype(np.float32), ["rows", width])
     try:
-        (expected,) = excerpt(gate.nodes, [inner], [stand_in]).run(None, {stand_in.name: x})
+        (expected,) = excerpt(gate.nodes, [inner], [stand_in]).run({stand_in.name: x})
     except Exception:  # ONNX Runtime raises types of its own, one a status
         return None
     if expected.shape != (_ROWS, width // 2):
