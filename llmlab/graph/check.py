@@ -186,7 +186,7 @@ class _Checker:
         nodes = list(nodes)
         made: set[str] = set()
         for node in nodes:
-            label = f"node {(node.name or next(iter(node.output), ''))!r} ({node.op_type!r})"
+            label = f"node {(node.name or next(iter(node.output), ''))!r} ({node.op_type})"
             self._node(node, label)
             for name in filter(None, node.output):
                 if name in made or name in known:
@@ -209,7 +209,7 @@ class _Checker:
 
     def _node(self, node: NodeProto, label: str) -> None:
         for name in (node.name, node.op_type, node.domain, *node.input, *node.output):
-            self._name(name, label)
+            self._name(name, "a node")
         if not any(node.output):
             raise self.fail(f"{label} has no outputs: altered, export it again")
         signature = self._signature(node, label)
@@ -291,6 +291,9 @@ class _Checker:
             raise self.fail(f"{label} has type {tensor.data_type}, which ONNX doesn't know") from None
         if tensor.data_type in (TensorProto.STRING, TensorProto.UNDEFINED) or tensor.HasField("segment"):
             raise self.fail(f"{label} is of a kind that a language model has no use for")
+        for entry in tensor.external_data:
+            self._name(entry.key, label)
+            self._name(entry.value, label)
         if len(tensor.dims) > RANK_LIMIT or any(not 0 <= d <= DIM_LIMIT for d in tensor.dims):
             raise self.fail(f"{label} has an absurd shape {list(tensor.dims)[:RANK_LIMIT]}")
         if tensor.data_location == TensorProto.EXTERNAL:
@@ -323,6 +326,8 @@ class _Checker:
                 raise self.fail(f"{value.name!r} has type {value.type.tensor_type.elem_type}, which ONNX doesn't know")
 
     def _name(self, name: str, what: str, *, needed: bool = False) -> None:
+        if not isinstance(name, str):  # protobuf gives bytes for what is not UTF-8
+            raise self.fail(f"a name is not UTF-8 ({name[:40]!r}): altered, export it again")
         if len(name) > NAME_LIMIT:
             raise self.fail(f"a name of {len(name)} characters ({name[:20]!r}…); at most {NAME_LIMIT} are read")
         if needed and not name:

@@ -22,7 +22,7 @@ from llmlab.graph.evaluate import CannotEvaluate, PositionFunction
 from llmlab.graph.external import map_external
 from llmlab.graph.graph import OPSET, Graph
 from llmlab.graph.naming import name_nodes
-from llmlab.graph.opset import convert_opset
+from llmlab.graph.opset import check_age, convert_opset
 from llmlab.graph.storage import from_proto, parse_onnx
 
 ONNX_SUFFIX = ".onnx"
@@ -46,10 +46,11 @@ def open_onnx(path: Path, config: Mapping[str, Any] | ModelConfig | str | Path |
     model_config = _config(path, config)
     assets = {n: read_bytes(path.parent / n, GraphError) for n in ASSETS if (path.parent / n).is_file()}
     model = parse_onnx(path)
+    where = str(path)
+    check_age(model, where)
     check_model(model, path, domains=())
     arrays = _take_weights(model, path)
     model = _written_out(model, path)
-    where = str(path)
     name_nodes(model.graph.node)
     convert_opset(model, where, OPSET)
     _ports(model, where)

@@ -20,7 +20,7 @@ def innermost(scopes: str) -> str:
 def module_of(node: NodeProto) -> str:
     """The path of the module that made `node`: from torch's metadata, or a name such as `/model/layers.0/mlp/MatMul`."""
     for entry in node.metadata_props:
-        if entry.key == SCOPES:
+        if entry.key == SCOPES and isinstance(entry.value, str) and entry.value.isprintable():
             return innermost(entry.value)
     return node.name.strip("/").rpartition("/")[0].replace("/", ".")
 

@@ -25,6 +25,18 @@ _REDUCE = frozenset(
 Rule = Callable[[onnx.ModelProto, NodeProto], list[NodeProto]]
 
 
+def check_age(model: onnx.ModelProto, where: str) -> None:
+    """Raise UnsupportedModelError for an operator set from before `OLDEST`."""
+    if 0 < (version := _version(model)) < OLDEST:
+        raise UnsupportedModelError(
+            f"{where}: opset {version}; opset {OLDEST} and later are read: export with 18 or 23"
+        )
+
+
+def _version(model: onnx.ModelProto) -> int:
+    return next((o.version for o in model.opset_import if o.domain in STANDARD), 0)
+
+
 def convert_opset(model: onnx.ModelProto, where: str, target: int) -> None:
     """Rewrite the nodes of `model` (functions written out) from its operator set to `target`, in place.
 
