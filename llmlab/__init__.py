@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     __version__: str
     from llmlab.build import build as build
     from llmlab.errors import LlmlabError as LlmlabError
+    from llmlab.graph.convert import convert as convert
     from llmlab.graph.cut import cut as cut
     from llmlab.graph.diff import GraphDiff as GraphDiff
     from llmlab.graph.diff import diff as diff
@@ -42,6 +43,7 @@ _HOME = {
     "export": "llmlab.graph.export",
     "optimize": "llmlab.graph.optimize",
     "cut": "llmlab.graph.cut",
+    "convert": "llmlab.graph.convert",
     "build": "llmlab.build",
     "Graph": "llmlab.graph.graph",
     "Engine": "llmlab.runtime.engine",
@@ -63,6 +65,7 @@ _HOME = {
 __all__ = [  # noqa: RUF022 (in the order of the road)
     "export",
     "optimize",
+    "convert",
     "cut",
     "build",
     "Graph",

@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_layer_normalization import LayerNormalization
+from onnx.reference.ops.op_matmul import MatMul
+from onnx.reference.ops.op_rms_normalization import RMSNormalization
+from onnx.reference.ops.op_sigmoid import Sigmoid
 
 from llmlab.graph.graph import LLMLAB_DOMAIN, Graph
-from llmlab.kernels.activations import gated_activation
+from llmlab.kernels.activations import ACTIVATIONS, gated_activation
 from llmlab.kernels.experts import mixture_of_experts
 from llmlab.kernels.reference import paged_attention
 
@@ -46,13 +50,44 @@ class GatedActivation(OpRun):
         return (gated_activation(gate_up, activation=activation, alpha=alpha, gate_first=bool(gate_first)),)
 
 
+class Gelu(OpRun):
+    """The standard operator, for which the reference evaluator has no kernel but a body that rounds at each step."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, approximate: str = "none") -> tuple[np.ndarray]:
+        return (ACTIVATIONS["gelu_tanh" if approximate == "tanh" else "gelu"](x, 1.0),)
+
+
+class _Wide(OpRun):
+    """Half precision in and out, float32 inside, rounded once: what accelerators do, and what `stash_type` asks of norms.
+
+    The reference evaluator's own kernels compute in the type that they are given.
+    """
+
+    def _run(self, *inputs: Any, **attrs: Any) -> tuple[np.ndarray, ...]:
+        narrow = {np.dtype(i.dtype) for i in inputs if i is not None and i.dtype.name in ("float16", "bfloat16")}
+        wide = [i.astype(np.float32) if i is not None and i.dtype in narrow else i for i in inputs]
+        results = super()._run(*wide, **attrs)
+        return tuple(r.astype(min(narrow)) if narrow and r.dtype == np.float32 else r for r in results)
+
+
+_ROUNDED = tuple(
+    type(kernel.__name__, (_Wide, kernel), {"op_domain": kernel.op_domain})
+    for kernel in (MatMul, Gelu, Sigmoid, RMSNormalization, LayerNormalization, GatedActivation)
+)
+KERNELS = (PagedAttention, MixtureOfExperts, *_ROUNDED)
+"""What the reference evaluator needs to know beside its own kernels."""
+
+
 class Interpreter:
     """A serving graph, executed step by step; the KV pools live in `caches`."""
 
     def __init__(self, graph: Graph, num_blocks: int, block_size: int) -> None:
-        self._run = ReferenceEvaluator(graph.to_onnx(), new_ops=[PagedAttention, MixtureOfExperts, GatedActivation])
+        self._run = ReferenceEvaluator(graph.to_onnx(), new_ops=list(KERNELS))
+        types = {t.name: t.dtype for t in graph.surgeon.inputs}
         self.caches = {
-            layer.name: np.full((2, num_blocks, layer.kv_heads, block_size, layer.head_dim), np.nan, np.float32)
+            layer.name: np.full((2, num_blocks, layer.kv_heads, block_size, layer.head_dim), np.nan, types[layer.name])
             for layer in graph.kv_layers()
         }
 

@@ -60,13 +60,15 @@ def paged_attention(
     window: keys a token sees, itself included; 0 for all. softcap: scores become softcap · tanh(score / softcap), before
     ALiBi; 0 for none.
 
+    RoPE, scores and sums are computed in float32 at least, whatever the tensors come in.
     Returns the result [T, num_heads · head_dim] and the pool with the new keys and values written (the given pool
     is not touched).
     """
-    tokens, block_size = len(q), kv_cache.shape[3]
+    tokens, block_size, dtype = len(q), kv_cache.shape[3], q.dtype
+    wide = np.result_type(dtype, np.float32)
     pool = kv_cache.copy()
-    q = q.reshape(tokens, num_heads, head_dim)
-    k = k.reshape(tokens, kv_num_heads, head_dim)
+    q = q.reshape(tokens, num_heads, head_dim).astype(wide)
+    k = k.reshape(tokens, kv_num_heads, head_dim).astype(wide)
     v = v.reshape(tokens, kv_num_heads, head_dim)
     if cos is not None and sin is not None:
         q = rope(q, position_ids, cos, sin, interleaved=interleaved)
@@ -80,6 +82,7 @@ def paged_attention(
         pool[0, blocks[length - new :], :, offsets[length - new :]] = k[rows]
         pool[1, blocks[length - new :], :, offsets[length - new :]] = v[rows]
         keys, values = pool[0, blocks, :, offsets], pool[1, blocks, :, offsets]  # [length, kv_heads, dim]
+        keys, values = keys.astype(wide), values.astype(wide)
         at = np.arange(length - new, length)[:, None]
         visible = (index <= at) & (index > at - (window or length + 1))
         for h in range(num_heads):
@@ -98,4 +101,4 @@ def paged_attention(
             if sinks is not None:
                 total = total + np.exp(sinks[h] - most)
             out[rows, h] = (weight / total) @ values[:, group]
-    return out.reshape(tokens, num_heads * head_dim), pool
+    return out.reshape(tokens, num_heads * head_dim).astype(dtype), pool
