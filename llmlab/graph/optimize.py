@@ -18,6 +18,7 @@ from llmlab.graph.passes.gather_logits import GatherLogits
 from llmlab.graph.passes.merge_products import MergeProducts
 from llmlab.graph.passes.pack_tokens import PackTokens
 from llmlab.graph.passes.page_attention import PageAttention
+from llmlab.graph.passes.plain_gather import PlainGather
 from llmlab.graph.passes.recognise_mask import RecogniseMask
 from llmlab.graph.passes.recognise_moe import RecogniseMoE
 from llmlab.graph.passes.remove_gqa_expansion import RemoveGQAExpansion
@@ -38,6 +39,7 @@ PASSES: tuple[Callable[[], Pass], ...] = (
     ShareCommon,
     UnfoldGemm,
     SplitWithoutSequence,
+    PlainGather,
     RecogniseMoE,
     FuseLayerNorm,
     FuseRMSNorm,

@@ -47,6 +47,10 @@ RIGHT: dict[str, dict[str, Any]] = {
     },
     "gemma": {"model_type": "gemma", "head_dim": 16},
     "gemma2": {"model_type": "gemma2", "head_dim": 16, "sliding_window": 6},
+    "bloom": {"model_type": "bloom", "n_layer": 2, "n_head": 4, "tie_word_embeddings": True},
+    "mpt": {"model_type": "mpt", "n_layers": 2, "n_heads": 4, "d_model": 64, "max_seq_len": 64},
+    "falcon": {"model_type": "falcon"},
+    "falcon, grouped": {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
     "gpt_neo": {
         "model_type": "gpt_neo",
         "num_layers": 2,

@@ -2,49 +2,92 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.edit import Editor, producer
+from llmlab.graph.edit import Editor, producer, scope
 from llmlab.graph.rewrite import Match, Pass
 
 
 class RemoveGQAExpansion(Pass):
-    """Unsqueeze → Expand → Reshape in front of Attention's keys or values goes (grouped-query attention)."""
+    """Expand → Reshape in front of Attention's keys or values goes, also from under their RoPE (grouped-query attention)."""
 
     name = "remove_gqa_expansion"
 
     def pattern(self, node: gs.Node) -> Match | None:
         if node.op != "Attention":
             return None
-        expanded = {
-            i: reshape
-            for i in (1, 2)
-            if (reshape := producer(node.inputs[i], "Reshape")) and producer(reshape.inputs[0], "Expand")
-        }
+        expanded = {i: found for i in (1, 2) if (found := _find(node.inputs[i])) is not None}
         return Match(node=node, expanded=expanded) if expanded else None
 
     def check(self, edit: Editor, match: Match) -> str | None:
-        match.sources = {}
-        for i, reshape in match.expanded.items():
-            expand = producer(reshape.inputs[0], "Expand")
-            unsqueeze = producer(expand.inputs[0], "Unsqueeze") if expand is not None else None
-            if expand is None or unsqueeze is None:
-                return "what is expanded is not an Unsqueeze"
-            source, wide, out = unsqueeze.inputs[0], expand.outputs[0].shape, reshape.outputs[0].shape
-            if source.shape is None or wide is None or out is None or len(source.shape) != 4 or len(wide) != 5:
-                return "the shapes around the expansion are not known"
-            batch, heads, length, dim = source.shape
-            if list(unsqueeze.outputs[0].shape or ()) != [batch, heads, 1, length, dim]:
-                return "the new axis is not the one behind the KV heads"
-            if not isinstance(heads, int) or wide[1] != heads or not isinstance(wide[2], int) or wide[4] != dim:
-                return f"{source.shape} is expanded to {wide}, not along the group axis alone"
-            if out[1] != heads * wide[2] or out[3] != dim:
-                return f"{wide} is reshaped to {out}, which mixes heads"
-            match.sources[i] = source
-        if len({s.shape[1] for s in match.sources.values()}) != 1 or len(match.sources) != 2:
+        for found in match.expanded.values():
+            if (reason := found.check()) is not None:
+                return reason
+        if len(match.expanded) != 2 or len({found.heads for found in match.expanded.values()}) != 1:
             return "keys and values are not expanded alike"
         return None
 
     def rewrite(self, edit: Editor, match: Match) -> None:
-        for i, source in match.sources.items():
-            match.node.inputs[i] = source
+        for i, found in match.expanded.items():
+            match.node.inputs[i] = found.narrow(edit)
+
+
+@dataclass
+class _Expansion:
+    """Reshape(Expand(x)), and what is done to each head alike behind it, in order."""
+
+    reshape: gs.Node
+    expand: gs.Node
+    behind: list[gs.Node]
+    heads: int = 0
+
+    @property
+    def axis(self) -> int:
+        """Where the heads are in the Reshape's result: a Transpose behind it moves them."""
+        return 1 + sum(n.op == "Transpose" for n in self.behind) % 2
+
+    def check(self) -> str | None:
+        narrow, wide, out = self.expand.inputs[0].shape, self.expand.outputs[0].shape, self.reshape.outputs[0].shape
+        if narrow is None or wide is None or out is None or len(narrow) != 5 or len(wide) != 5 or len(out) != 4:
+            return "the shapes around the expansion are not known"
+        at, heads = self.axis, narrow[self.axis]
+        if narrow[at + 1] != 1:
+            return "the new axis is not the one behind the KV heads"
+        others = [i for i in range(5) if i != at + 1]
+        if not isinstance(heads, int) or not isinstance(wide[at + 1], int) or any(narrow[i] != wide[i] for i in others):
+            return f"{narrow} is expanded to {wide}, not along the group axis alone"
+        if list(out) != [*wide[:at], heads * wide[at + 1], *wide[at + 2 :]]:
+            return f"{wide} is reshaped to {out}, which mixes heads"
+        self.heads = heads
+        return None
+
+    def narrow(self, edit: Editor) -> gs.Tensor:
+        """The tensor as it is before heads are repeated."""
+        x, at, where = self.expand.inputs[0], self.axis + 1, scope(self.expand)
+        unsqueeze = producer(x, "Unsqueeze")
+        shape = [d for i, d in enumerate(x.shape or ()) if i != at]
+        if unsqueeze is not None and list(unsqueeze.inputs[0].shape or ()) == shape:
+            tensor = unsqueeze.inputs[0]
+        else:
+            axis = edit.constant(f"{where}/group", np.array([at], np.int64))
+            tensor = edit.add("Squeeze", where, [x, axis], dtype=x.dtype, shape=shape)
+        for node in self.behind:
+            shape = [shape[i] for i in node.attrs["perm"]] if node.op == "Transpose" else shape
+            inputs = [tensor, *node.inputs[1:]]
+            tensor = edit.add(node.op, scope(node), inputs, node.attrs, dtype=node.outputs[0].dtype, shape=shape)
+        return tensor
+
+
+def _find(tensor: gs.Tensor) -> _Expansion | None:
+    behind: list[gs.Node] = []
+    while (node := producer(tensor)) is not None:
+        swap = node.op == "Transpose" and list(node.attrs.get("perm", ())) == [0, 2, 1, 3]
+        if not swap and not (node.op == "RotaryEmbedding" and len(tensor.shape or ()) == 4):
+            break
+        behind.insert(0, node)
+        tensor = node.inputs[0]
+    expand = producer(node.inputs[0], "Expand") if node is not None and node.op == "Reshape" else None
+    return None if node is None or expand is None else _Expansion(node, expand, behind)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from small_graphs import apply, ops, refused, rows, same, small_graph
 
@@ -78,3 +79,37 @@ def test_expansion_along_other_axes_is_refused(name: str, shape: list) -> None:
     before = graph()
     before.surgeon.tensors()[name].shape = shape
     assert "not along the group axis alone" in refused(RemoveGQAExpansion, before)
+
+
+# Heads repeated while they lie behind the sequence, and turned (RoPE) only then, as if there were six of them.
+UNDER_ROPE = """m (float[B,6,S,4] q, float[B,S,2,1,4] k, float[B,S,2,1,4] v, int64[B,S] p) => (float[B,6,S,4] y) {
+    b = Shape<start=0, end=1>(q)
+    s = Shape<start=2, end=3>(q)
+    d = Constant<value_ints=[4]>()
+    kv = Constant<value_ints=[2]>()
+    group = Constant<value_ints=[3]>()
+    h = Constant<value_ints=[6]>()
+    wide = Concat<axis=0>(b, s, kv, group, d)
+    merged = Concat<axis=0>(b, s, h, d)
+    k2 = Expand(k, wide)
+    v2 = Expand(v, wide)
+    k3 = Reshape(k2, merged)
+    v3 = Reshape(v2, merged)
+    k4 = Transpose<perm=[0,2,1,3]>(k3)
+    v4 = Transpose<perm=[0,2,1,3]>(v3)
+    k5 = RotaryEmbedding(k4, cos, sin, p)
+    y = Attention<is_causal=1>(q, k5, v4)
+}"""
+
+
+def test_an_expansion_under_rope_goes() -> None:
+    before = small_graph(UNDER_ROPE, cos=rows(9, 2), sin=rows(9, 2, seed=1))
+    shapes = {"2": ["B", "S", 2, 3, 4], "3": ["B", "S", 6, 4], "4": ["B", 6, "S", 4], "5": ["B", 6, "S", 4]}
+    for name, tensor in before.surgeon.tensors().items():
+        if name[0] in "kv" and name[1:] in shapes:
+            tensor.shape = shapes[name[1:]]
+    after, report = apply(RemoveGQAExpansion, before)
+    assert report.rewrites == 1 and "Expand" not in ops(after)
+    assert [t.shape for t in after.surgeon.nodes[-1].inputs[1:3]] == [["B", 2, "S", 4]] * 2
+    feeds = {"q": rows(2, 6, 5, 4), "k": rows(2, 5, 2, 1, 4, seed=1), "v": rows(2, 5, 2, 1, 4, seed=2)}
+    same(before, after, feeds | {"p": np.tile(np.arange(5), (2, 1))})
