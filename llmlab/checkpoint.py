@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -140,8 +140,22 @@ class Weights(Mapping[str, StoredTensor]):
         return len(self._tensors)
 
 
+class Tensor(Protocol):
+    """A tensor of a checkpoint: `map` gives its values (an array, or one that is computed when it is written)."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def map(self) -> Any: ...
+
+
 class Checkpoint:
     """A checkpoint folder, opened and checked: `config`, `weights`, `assets` (tokenizer files, bytes by name)."""
+
+    weights: Mapping[str, Tensor]
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -149,6 +163,9 @@ class Checkpoint:
         self.config = ModelConfig.from_hf(read_json(path, CheckpointError), where=str(path))
         self.weights = Weights(folder)
         self.assets = {n: read_bytes(folder / n, CheckpointError) for n in ASSETS if (folder / n).is_file()}
+
+    def close(self) -> None:
+        """Let go of what was needed until the weights were mapped."""
 
 
 def generation_config(assets: Mapping[str, bytes]) -> dict[str, Any]:

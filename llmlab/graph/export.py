@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from llmlab.errors import InputError, UnsupportedModelError, require
 from llmlab.files import read_json
 from llmlab.graph.from_onnx import ONNX_SUFFIX, open_onnx
 from llmlab.graph.graph import Graph
+from llmlab.graph.nemo.checkpoint import NemoCheckpoint, is_nemo
 from llmlab.graph.trace import quiet, reason, trace
 from llmlab.graph.weights import locate_weights
 
@@ -28,15 +30,17 @@ def export(
 ) -> Graph:
     """Export a model to a plain ONNX graph (opset 23, float32) with inputs `input_ids`, `position_ids` i64 [batch, sequence].
 
-    source: a checkpoint folder, a hub id, the name of a model that ships (`"tinychat"`), a torch module whose
-        `forward(input_ids, position_ids)` returns logits [batch, sequence, vocab] (or an object with `.logits`), or an
-        ONNX file (`"model.onnx"`, see `open_onnx`), which needs no torch.
+    source: a checkpoint folder, a hub id, the name of a model that ships (`"tinychat"`), a `.nemo` archive of a GPT model
+        (or the folder it was unpacked into), a torch module whose `forward(input_ids, position_ids)` returns logits
+        [batch, sequence, vocab] (or an object with `.logits`), or an ONNX file (`"model.onnx"`, see `open_onnx`), which
+        needs no torch.
     config: for a torch module, its configuration (Hugging Face field names), unless the module has a `.config`; for an
         ONNX file the same or the path of a config.json, unless that lies beside it.
     trust_remote_code: run modelling code that the checkpoint brings. Off: such a checkpoint is refused.
 
-    Weights keep their checkpoint names and stay where they are: memory maps into the safetensors files, in the type
-    they are stored in, with a Cast to float32 behind those stored narrower.
+    Weights keep their checkpoint names (a NeMo archive's get those of the Hugging Face model that computes the same) and
+    stay where they are: memory maps into the files, in the type they are stored in, with a Cast to float32 behind those
+    stored narrower.
     """
     if isinstance(source, (str, Path)) and str(source).endswith(ONNX_SUFFIX):
         return open_onnx(Path(source).expanduser(), config)
@@ -51,8 +55,9 @@ def export(
         raise InputError(
             f"source is a {type(source).__name__}; expected a checkpoint folder, a hub id or a torch module"
         )
-    checkpoint = Checkpoint(resolve(source))
-    return Graph(_trace_checkpoint(checkpoint, trust_remote_code), checkpoint.config, checkpoint.assets)
+    path = Path(source).expanduser()
+    with closing(NemoCheckpoint(path) if is_nemo(path) else Checkpoint(resolve(source))) as checkpoint:
+        return Graph(_trace_checkpoint(checkpoint, trust_remote_code), checkpoint.config, checkpoint.assets)
 
 
 def _module_config(module: torch.nn.Module, config: Mapping[str, Any] | ModelConfig | str | Path | None) -> ModelConfig:
@@ -101,7 +106,10 @@ def _empty_model(checkpoint: Checkpoint, trust_remote_code: bool, attention: str
 
     try:
         with quiet(), no_init_weights():
-            config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+            if isinstance(checkpoint, NemoCheckpoint):
+                config = transformers.AutoConfig.for_model(**checkpoint.config.raw)
+            else:
+                config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
             )
