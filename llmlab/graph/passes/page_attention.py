@@ -48,6 +48,8 @@ class PageAttention(Pass):
             return f"q, k, v have shapes {shapes}; heads and one head_dim for all three must be known"
         if heads % kv_heads:
             return f"{heads} query heads don't divide into {kv_heads} KV heads"
+        if not {t.name for t in edit.surgeon.inputs}.issuperset(_METADATA):
+            return "the tokens are not packed"
         match.heads, match.kv_heads, match.dim = heads, kv_heads, dim
         match.rope = _shared_rope(node, dim)
         return None

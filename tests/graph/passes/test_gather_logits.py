@@ -17,6 +17,7 @@ ABOVE = {
     "norm and head": ("T,6", "n = RMSNormalization<axis=-1>(kept, c8) logits = MatMul(n, w)"),
     "residual": ("T,8", "a = Exp(kept) b = Neg(a) logits = Add(kept, b)"),
     "second source": ("T,8", "i1 = Constant<value_int=0>() other = CumSum<reverse=1>(x, i1) logits = Mul(kept, other)"),
+    "nothing to rise above": ("T,8", "logits = CumSum(kept, i0)"),
     "softcap": ("T,6", "s = MatMul(kept, w) d = Div(s, c1) t = Tanh(d) logits = Mul(t, c1)"),
 }
 MORE = {"w": rows(8, 6), "c8": rows(8), "c1": np.array([3], np.float32)}

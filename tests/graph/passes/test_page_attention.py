@@ -135,3 +135,7 @@ def test_heads_that_do_not_divide_are_refused() -> None:
     for tensor in next(n for n in graph.surgeon.nodes if n.op == "Attention").inputs[1:]:
         tensor.shape = ["batch", 2, "sequence", 4]
     assert refused(PageAttention, graph) == "3 query heads don't divide into 2 KV heads"
+
+
+def test_padded_tokens_are_refused() -> None:
+    assert refused(PageAttention, attention_graph()) == "the tokens are not packed"
