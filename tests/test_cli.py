@@ -388,3 +388,72 @@ def test_exit_codes_of_the_program(tmp_path: Path) -> None:
     assert usage.returncode == 2 and "bogus" in usage.stderr
     version = subprocess.run([*LLMLAB, "--version"], capture_output=True, text=True)
     assert version.returncode == 0 and version.stdout.count(".") == 2
+
+
+# Looking into a graph
+
+
+def test_inspect_why(built: Path) -> None:
+    serving = str(built / "serving")
+    shown = runner.invoke(cli.app, ["inspect", serving, "--why", "layers.0.self_attn"])
+    assert shown.exit_code == 0 and "page_attention  fired 1×" in shown.stdout, shown.output
+    assert "pattern not found here" in shown.stdout
+    data = json.loads(runner.invoke(cli.app, ["inspect", serving, "--why", "layers.0.self_attn", "--json"]).stdout)
+    assert data["place"] == "layers.0.self_attn" and {"fired", "not found"} <= {p["status"] for p in data["passes"]}
+
+
+def test_inspect_diff(built: Path) -> None:
+    plain, serving = str(built / "plain"), str(built / "serving")
+    shown = runner.invoke(cli.app, ["inspect", plain, "--diff", serving])
+    assert shown.exit_code == 0 and "+ model.layers.0–1.mlp/Split" in shown.stdout, shown.output
+    data = json.loads(runner.invoke(cli.app, ["inspect", plain, "--diff", serving, "--json"]).stdout)
+    assert data["ops"]["llmlab::PagedAttention"] == 2
+    assert "no difference" in runner.invoke(cli.app, ["inspect", plain, "--diff", plain]).stdout
+
+
+def test_inspect_passes(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmlab import ablation
+
+    def measure(graph: Graph, *, threads: int | None) -> object:
+        assert graph.kind == "plain" and threads == 1
+        yield ablation.Ablated("", "all passes", nodes=9), 2
+        yield ablation.Ablated("fuse_rope", "required", "it is refused"), 2
+
+    monkeypatch.setattr(ablation, "measure", measure)
+    arguments = ["inspect", "--passes", str(built / "plain"), "--threads", "1"]
+    shown = runner.invoke(cli.app, arguments)
+    assert shown.exit_code == 0 and "fuse_rope: required: it is refused" in shown.stdout, shown.output
+    data = json.loads(runner.invoke(cli.app, [*arguments, "--json"]).stdout)
+    assert [row["name"] for row in data["rows"]] == ["", "fuse_rope"]
+
+    def interrupted(graph: Graph, *, threads: int | None) -> object:
+        yield ablation.Ablated("", "all passes"), 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablation, "measure", interrupted)
+    stopped = runner.invoke(cli.app, arguments)
+    assert stopped.exit_code == 130 and stopped.stdout == "" and "Traceback" not in stopped.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "give a checkpoint, a graph or an engine to look at"),
+        (["--why", "mlp"], "give a checkpoint, a graph or an engine to look at"),
+        (["serving", "--why", "mlp", "--diff", "plain"], "--why and --diff exclude each other"),
+        (["serving", "--why", "mlp", "--passes"], "--why and --passes exclude each other"),
+        (["serving", "--why", "layers.0.self_atn"], "nearest: "),
+        (["serving", "--why", ""], "expected a part of a module's path"),
+        (["nowhere", "--why", "mlp"], "nowhere holds no graph"),
+        (["plain", "--diff", "nowhere"], "nowhere holds no graph"),
+        (["plain", "--diff", "engine"], "is an engine already"),
+        (["engine", "--why", "mlp"], "is an engine already"),
+        (["serving", "--passes"], "serving graph already"),
+    ],
+)
+def test_looking_at_what_is_not_there(built: Path, arguments: list[str], reason: str) -> None:
+    given = [str(built / a) if a in ("serving", "plain", "engine", "nowhere") else a for a in arguments]
+    result = runner.invoke(cli.app, ["inspect", *given])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("llmlab: ") and result.stderr.count("\n") == 1 and result.stdout == ""
+    assert reason in result.stderr

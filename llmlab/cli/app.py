@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from llmlab.cli.one_line import OneLineErrors
+from llmlab.errors import InputError
 
 _EPILOG = """\
 **Examples**
@@ -262,17 +263,52 @@ def bench(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="Checkpoint folder, `tinychat`, `.onnx` file, graph or engine folder.")],
+    path: Annotated[
+        str | None,
+        typer.Argument(help="Checkpoint folder, `tinychat`, `.onnx` file, graph or engine folder.", show_default=False),
+    ] = None,
     config: Config = None,
+    why: Annotated[
+        str | None,
+        typer.Option(metavar="PLACE", help="What each pass did at a part of the graph, such as `layers.0.self_attn`."),
+    ] = None,
+    diff: Annotated[
+        str | None, typer.Option(metavar="GRAPH", help="What is different in another graph folder, node by node.")
+    ] = None,
+    passes: Annotated[
+        bool, typer.Option("--passes", help="Leave out each pass in turn, and measure what it was good for.")
+    ] = False,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a checkpoint, a graph or an engine holds.
+    """Show what a checkpoint, a graph or an engine holds; of a graph, also what its passes did, and why or why not.
 
-    **Example:** `llmlab inspect engines/tinychat`
+    `--why` names the passes that fired at a place, what they added and removed there, and what held the others back.
+    A place is a part of a module's path, or the end of a node's name.
+
+    `--diff` compares two graphs of any kind: nodes by name, what changed at each, and weights. Layers in which the
+    same changed are shown as one.
+
+    `--passes` takes a checkpoint, a plain graph or nothing (tinychat), builds an engine with all passes and one without
+    each of them, and measures their steps in turn. A pass without which the model is refused is *required*.
+
+    **Examples:** `llmlab inspect engines/tinychat`, `llmlab inspect graphs/serving --why layers.0.self_attn`,
+    `llmlab inspect graphs/plain --diff graphs/serving`, `llmlab inspect --passes tinychat`
     """
     from llmlab.cli import show
 
-    show.anything(path, config=config, as_json=as_json)
+    show.check_one_of({"--why": why, "--diff": diff, "--passes": passes or None})
+    if passes:
+        show.passes(path or "tinychat", threads=threads, as_json=as_json)
+        return
+    if path is None:
+        raise InputError("give a checkpoint, a graph or an engine to look at; see llmlab inspect --help")
+    if why is not None:
+        show.found(show.graph_folder(path).why(why), as_json=as_json)
+    elif diff is not None:
+        show.found(show.graph_folder(path).diff(show.graph_folder(diff)), as_json=as_json)
+    else:
+        show.anything(path, config=config, as_json=as_json)
 
 
 def main() -> None:

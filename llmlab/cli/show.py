@@ -17,7 +17,9 @@ from llmlab.errors import InputError
 
 if TYPE_CHECKING:
     from llmlab.checkpoint import Checkpoint
+    from llmlab.graph.diff import GraphDiff
     from llmlab.graph.graph import Graph
+    from llmlab.graph.why import Why
     from llmlab.runtime.engine import Engine
 
 _SAMPLING = ("temperature", "top_k", "top_p")
@@ -51,6 +53,50 @@ def open_graph(source: str) -> Graph | None:
     return Graph.load(folder) if (folder / "graph.json").is_file() else None
 
 
+def graph_folder(path: str) -> Graph:
+    """The graph in folder `path`. Raises InputError where there is none."""
+    if (graph := open_graph(path)) is None:
+        raise InputError(f"{path} holds no graph: `llmlab export` and `llmlab optimize` write one")
+    return graph
+
+
+def check_one_of(options: dict[str, object]) -> None:
+    """Refuse several of some options that exclude each other; those that aren't given are None."""
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} exclude each other: give one of them")
+
+
+def found(answer: GraphDiff | Why, *, as_json: bool) -> None:
+    """What was asked about a graph."""
+    if as_json:
+        _print_json(answer.to_dict())
+    else:
+        Console().print(answer)
+
+
+def passes(source: str, *, threads: int | None, as_json: bool) -> None:
+    """What each pass is good for on the model `source`, measured."""
+    from rich.progress import Progress
+
+    from llmlab.ablation import Ablation, measure
+    from llmlab.graph.export import export
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(f"opening {escape(source)}", total=None)
+        graph = open_graph(source) or export(source)
+        rows = []
+        for row, total in measure(graph, threads=threads):
+            rows.append(row)
+            progress.update(bar, description=f"without {escape(row.name)}", completed=len(rows), total=total)
+    result = Ablation(source, tuple(rows))
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        Console().print(result)
+
+
 def anything(path: str, *, config: Path | None = None, as_json: bool) -> None:
     """Show what lies at `path`, whatever it is; `config` is an ONNX file's config.json."""
     folder = Path(path).expanduser()
@@ -77,15 +123,7 @@ def graph(found: Graph, folder: Path, *, as_json: bool) -> None:
         return
     console = Console()
     if found.history:
-        passes = Table("pass", "rewritten", "nodes", "what it does", title="Passes")
-        for report in found.history:
-            passes.add_row(
-                report.name,
-                f"{report.rewrites} of {report.matches}",
-                f"{report.nodes_before} → {report.nodes_after}",
-                escape(report.summary),
-            )
-        console.print(passes)
+        console.print(found.history)
     ports = Table("", "tensor", "type", "shape", title="Inputs and outputs")
     for side, tensors in (("in", found.surgeon.inputs), ("out", found.surgeon.outputs)):
         for tensor in tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from llmlab.errors import InputError, UnsupportedModelError
 from llmlab.graph.graph import Graph
@@ -14,7 +14,7 @@ from llmlab.graph.passes.fuse_gated_activation import FuseGatedActivation
 from llmlab.graph.passes.fuse_layer_norm import FuseLayerNorm
 from llmlab.graph.passes.fuse_rms_norm import FuseRMSNorm
 from llmlab.graph.passes.fuse_rope import FuseRoPE
-from llmlab.graph.passes.gather_logits import GatherLogits
+from llmlab.graph.passes.gather_logits import WANTED, GatherLogits
 from llmlab.graph.passes.merge_products import MergeProducts
 from llmlab.graph.passes.pack_tokens import PackTokens
 from llmlab.graph.passes.page_attention import PageAttention
@@ -68,12 +68,16 @@ unregister_pass = _pipeline.unregister_pass
 registered_pass = _pipeline.registered_pass
 
 
-def optimize(graph: Graph, *, passes: Iterable[Callable[[], Pass]] | None = None) -> Graph:
+def optimize(
+    graph: Graph, *, passes: Iterable[Callable[[], Pass]] | None = None, without: str | Sequence[str] = ()
+) -> Graph:
     """Rewrite a plain graph into the serving graph (packed tokens, PagedAttention nodes); the input is not changed.
 
-    `graph.history` of the result holds a report per pass, those that `register_pass` added among them. With `passes`,
-    run these instead, and promise nothing about the result. Raises UnsupportedModelError, naming the node that didn't match and why, rather than return a
-    graph that might compute something else, and PassError where a pass fails.
+    `graph.history` of the result holds a report per pass, those that `register_pass` added among them.
+    without: names of passes to leave out, in all their runs; the result is held to the same contract.
+    passes: run these instead, and promise nothing about the result.
+    Raises UnsupportedModelError, naming the node that didn't match and why, rather than return a graph that might
+    compute something else, PassError where a pass fails, and InputError for a name that no pass has.
     """
     if not isinstance(graph, Graph):
         raise InputError(f"expected a Graph, got {type(graph).__name__}: export a model first")
@@ -82,10 +86,11 @@ def optimize(graph: Graph, *, passes: Iterable[Callable[[], Pass]] | None = None
         for make in passes:
             run_pass(make(), result)
         return result
+    chosen = _pipeline.passes(without)
     if graph.kind != "plain":
         raise InputError("this graph is a serving graph already: build it, or start again from export")
     result.surgeon.cleanup().toposort()
-    for make in _pipeline.passes():
+    for make in chosen:
         run_pass(make(), result)
     _verify(result)
     return result
@@ -107,6 +112,9 @@ def _verify(graph: Graph) -> None:
     if (mixing := mixing_node(graph)) is not None:
         node, reason = mixing
         raise UnsupportedModelError(f"{kind}: {node.name} ({node.op}) may mix tokens of different sequences: {reason}")
+    for out in graph.surgeon.outputs:
+        if out.name == "logits" and (out.shape is None or out.shape[0] != WANTED):
+            raise UnsupportedModelError(f"{kind}: the logits have shape {out.shape}, not a row for each one wanted")
     names = [t.name for t in graph.surgeon.inputs]
     if tuple(names[: len(SERVING_INPUTS)]) != SERVING_INPUTS or not all(
         n.startswith("kv_cache.") for n in names[len(SERVING_INPUTS) :]

@@ -76,9 +76,14 @@ class Pipeline:
         finally:
             self.unregister_pass(pass_class.name)
 
-    def passes(self) -> list[Callable[[], Pass]]:
-        """What to run, in order."""
-        return _arranged(self._own, self._names, self._registered)
+    def passes(self, without: Names = ()) -> list[Callable[[], Pass]]:
+        """What to run, in order, but for those that are named. Raises InputError for an unknown name."""
+        left_out, known = _names(without), {*self._names, *self._registered}
+        for name in left_out:
+            if name not in known:
+                raise InputError(f"no pass is called {name!r} ({nearest(name, known)})")
+        everything = _arranged(self._own, self._names, self._registered)
+        return [make for make in everything if make().name not in left_out] if left_out else everything
 
     def _add(self, pass_class: type[Pass], before: tuple[str, ...], after: tuple[str, ...], replace: bool) -> None:
         if not (isinstance(pass_class, type) and issubclass(pass_class, Pass)):
@@ -106,7 +111,7 @@ class Pipeline:
 def _names(given: Names) -> tuple[str, ...]:
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"before and after take names of passes, got {given!r}")
+        raise InputError(f"expected the name of a pass or a list of them, got {given!r}")
     return tuple(names)
 
 

@@ -137,7 +137,7 @@ def _source(pass_class: type[Pass]) -> str:
     """File and line of a class, without the folders that only this machine has; empty where there is no file."""
     module = pass_class.__module__
     try:
-        line = inspect.getsourcelines(pass_class)[1]
+        line = inspect.findsource(pass_class)[1] + 1
     except (OSError, TypeError):
         return ""
     return f"{module}:{line}" if module == "__main__" else f"{module.replace('.', '/')}.py:{line}"

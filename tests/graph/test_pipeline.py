@@ -90,8 +90,8 @@ def test_registered_passes_are_ordered_by_each_other() -> None:
         ("two words", (), (), "Named.name is 'two words', expected a name"),
         ("", (), (), "Named.name is '', expected a name"),
         (None, (), (), "Named.name is None, expected a name"),
-        ("X", 3, (), "before and after take names of passes, got 3"),
-        ("X", (), [3], "before and after take names of passes, got [3]"),
+        ("X", 3, (), "expected the name of a pass or a list of them, got 3"),
+        ("X", (), [3], "expected the name of a pass or a list of them, got [3]"),
         ("Y", (), (), "a pass called 'Y' is registered: register with replace=True"),
         ("X", "Y", "d", "'X' can't run both after 'd' and before 'b'"),
     ],
@@ -180,6 +180,21 @@ def test_optimize_runs_what_is_registered(store: Store) -> None:
         assert history[at].near_misses[0].reason == "it only watches" and history[at].summary == Watch.__doc__
         assert all(r.name != "watch" for r in ll.optimize(plain, passes=PASSES[:2]).history)
     assert [r.name for r in ll.optimize(plain).history] == own
+
+
+def test_passes_are_left_out_and_the_result_is_still_checked(store: Store) -> None:
+    plain, own = store.plain("llama"), [make().name for make in PASSES]
+    left = ll.optimize(plain, without=["merge_products", "remove_no_ops"])
+    assert [r.name for r in left.history] == [n for n in own if n not in ("merge_products", "remove_no_ops")]
+    assert left.kind == "serving" and "Split" not in left.op_counts()
+    with pytest.raises(UnsupportedModelError, match=r"self_attn/Attention can't be paged"):
+        ll.optimize(plain, without="page_attention")
+    with pytest.raises(InputError, match=r"no pass is called 'merge' \(nearest: merge_"):
+        ll.optimize(plain, without="merge")
+    with pytest.raises(InputError, match="expected the name of a pass or a list of them, got 3"):
+        ll.optimize(plain, without=3)  # type: ignore[arg-type]
+    with ll.registered_pass(Watch):
+        assert "watch" not in [r.name for r in ll.optimize(plain, without="watch").history]
 
 
 def test_the_block_ends_with_the_pass_taken_out_also_after_an_error(store: Store) -> None:
