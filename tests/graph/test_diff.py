@@ -158,7 +158,7 @@ def test_plain_serving_and_lowered(store: Store) -> None:
     found = plain.diff(serving)
     assert found.ops["llmlab::PagedAttention"] == 2 and found.ports["input kv_cache.0"][0] == "–"
     shown = terminal(found, 100)
-    assert "model.layers.0–1.mlp (2×)" in shown and "+ model.layers.0–1.mlp/Split" in shown
+    assert "model.layers.0–1." in shown and "(2×)" in shown and "/PagedAttention (llmlab::PagedAttention)" in shown
 
 
 def test_what_a_report_says_changed_is_the_difference(store: Store) -> None:
