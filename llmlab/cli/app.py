@@ -299,7 +299,7 @@ def inspect(
 
     show.check_one_of({"--why": why, "--diff": diff, "--passes": passes or None})
     if passes:
-        show.passes(path or "tinychat", threads=threads, as_json=as_json)
+        show.passes(path or "tinychat", config=config, threads=threads, as_json=as_json)
         return
     if path is None:
         raise InputError("give a checkpoint, a graph or an engine to look at; see llmlab inspect --help")

@@ -75,7 +75,7 @@ def found(answer: GraphDiff | Why, *, as_json: bool) -> None:
         Console().print(answer)
 
 
-def passes(source: str, *, threads: int | None, as_json: bool) -> None:
+def passes(source: str, *, config: Path | None, threads: int | None, as_json: bool) -> None:
     """What each pass is good for on the model `source`, measured."""
     from rich.progress import Progress
 
@@ -85,7 +85,7 @@ def passes(source: str, *, threads: int | None, as_json: bool) -> None:
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"opening {escape(source)}", total=None)
-        graph = open_graph(source) or export(source)
+        graph = open_graph(source) or export(source, config=config)
         rows = []
         for row, total in measure(graph, threads=threads):
             rows.append(row)
