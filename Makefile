@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-che
 # Tests run in two processes; torch and BLAS would otherwise start a thread per core in each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks tests
 
-.PHONY: help demo lab check test test-all format notebooks clean
+.PHONY: help demo lab check test test-all format notebooks architectures clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ format: $(VENV)/.dev  ## format the code
 notebooks: $(VENV)/.dev  ## bring each notebook in line with its .py, run it and save what it shows
 	@$(BIN)/jupytext --quiet --sync notebooks/[0-9]*.py
 	@$(BIN)/python notebooks/save.py
+
+architectures: $(VENV)/.dev  ## measure every model family against transformers; the README's table and `llmlab inspect --architectures` show it
+	@$(BIN)/python benchmarks/architectures.py
 
 clean:  ## remove .venv, caches and built engines
 	@rm -rf $(VENV) engines notebooks/engines build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,21 @@ from llmlab.runtime.batch import StepBatch
 
 @dataclass(frozen=True)
 class Plan:
-    """`chunks[b][s]`: how many tokens sequence b takes in step s; its tokens are random but fixed."""
+    """`chunks[b][s]`: how many tokens sequence b takes in step s; its tokens are random but fixed.
+
+    `again` says which sequence starts like which other one: one that lost its place and is computed again.
+    """
 
     chunks: tuple[tuple[int, ...], ...]
     seed: int = 0
+    again: tuple[tuple[int, int], ...] = ()
 
     def tokens(self, vocab: int) -> list[NDArray[np.int64]]:
         rng = np.random.default_rng(self.seed)
-        return [rng.integers(3, vocab, sum(c)) for c in self.chunks]
+        tokens = [rng.integers(3, vocab, sum(c)) for c in self.chunks]
+        for second, first in self.again:
+            tokens[second][: len(tokens[first])] = tokens[first]
+        return tokens
 
     @property
     def num_steps(self) -> int:
@@ -40,6 +47,21 @@ RAGGED = Plan(
         (0, 0, 31, 31, 1, 1),
     )
 )
+
+# A sequence decodes 27 tokens beside one-token prompts and chunks; the third loses its slot to the fourth after twelve
+# tokens and comes again, in two chunks, in a slot that another one left.
+PREEMPTED = Plan(
+    (
+        (9, *[1] * 27),
+        (1, 1, 0, *[1] * 25),
+        (0, 5, *[1] * 7),
+        (0, *[0] * 9, 4, 4, 5, *[1] * 10),
+        (0, *[0] * 9, 7, 5, *[1] * 16),
+        (3, 2),
+    ),
+    again=((4, 2),),
+)
+PREEMPTED_SLOTS = [4, 1, 2, 2, 5, 5]
 
 
 def batches(
@@ -127,3 +149,20 @@ def feeds(batch: StepBatch) -> dict[str, NDArray[Any]]:
     """A step as inputs of the serving graph."""
     names = ("input_ids", "position_ids", "query_start", "kv_len", "block_table", "logits_index")
     return {name: getattr(batch, name) for name in names}
+
+
+def off_by_one_position(batch: StepBatch) -> StepBatch:
+    """Decoded tokens only: all positions of a sequence shifted alike would change nothing under RoPE."""
+    decoded = np.repeat(np.diff(batch.query_start) == 1, np.diff(batch.query_start)) & (batch.position_ids > 0)
+    return replace(batch, position_ids=batch.position_ids - decoded)
+
+
+def off_by_one_length(batch: StepBatch) -> StepBatch:
+    return replace(batch, kv_len=np.maximum(batch.kv_len - 1, np.diff(batch.query_start)))
+
+
+def traded_slots(batch: StepBatch) -> StepBatch:
+    table = batch.block_table.copy()
+    past = batch.kv_len > np.diff(batch.query_start)
+    table[past] = np.roll(batch.block_table[past], 1, axis=0)
+    return replace(batch, block_table=table)

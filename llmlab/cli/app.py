@@ -278,6 +278,9 @@ def inspect(
     passes: Annotated[
         bool, typer.Option("--passes", help="Leave out each pass in turn, and measure what it was good for.")
     ] = False,
+    architectures: Annotated[
+        bool, typer.Option("--architectures", help="Show the model families that were measured against transformers.")
+    ] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -293,13 +296,20 @@ def inspect(
     each of them, and measures their steps in turn. A pass without which the model is refused is *required*.
 
     **Examples:** `llmlab inspect engines/tinychat`, `llmlab inspect graphs/serving --why layers.0.self_attn`,
-    `llmlab inspect graphs/plain --diff graphs/serving`, `llmlab inspect --passes tinychat`
+    `llmlab inspect graphs/plain --diff graphs/serving`, `llmlab inspect --passes tinychat`, `llmlab inspect --architectures`
     """
     from llmlab.cli import show
 
-    show.check_one_of({"--why": why, "--diff": diff, "--passes": passes or None})
+    show.check_one_of(
+        {"--why": why, "--diff": diff, "--passes": passes or None, "--architectures": architectures or None}
+    )
     if passes:
         show.passes(path or "tinychat", config=config, threads=threads, as_json=as_json)
+        return
+    if architectures:
+        if path is not None:
+            raise InputError("--architectures shows what was measured and takes no path")
+        show.architectures(as_json=as_json)
         return
     if path is None:
         raise InputError("give a checkpoint, a graph or an engine to look at; see llmlab inspect --help")

@@ -116,6 +116,31 @@ def anything(path: str, *, config: Path | None = None, as_json: bool) -> None:
         checkpoint(Checkpoint(resolve(path)), as_json=as_json)
 
 
+def architectures(*, as_json: bool) -> None:
+    """The model families that were measured against transformers, and what else was tried."""
+    from llmlab.graph.architectures import measured
+
+    found = measured()
+    if as_json:
+        _print_json({"kind": "architectures", **found})
+        return
+    console = Console()
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    table = Table("family", "what there is to get right", "error", "a mistake makes", title="Held against transformers")
+    for family in found["families"]:
+        table.add_row(
+            escape(family["family"]), escape(family["features"]), f"{family['error']:.0e}", f"{family['control']:.1f}"
+        )
+    console.print(table)
+    console.print(f"Worst relative error of the logits, ragged batches with a preemption; {found['date']}, {versions}")
+    if found["others"]:
+        others = Table("architecture", "", title="Others that were tried")
+        for other in found["others"]:
+            outcome = f"right, error {other['error']:.0e}" if "error" in other else f"refused: {other['refused']}"
+            others.add_row(escape(other["model_type"]), escape(outcome))
+        console.print(others)
+
+
 def graph(found: Graph, folder: Path, *, as_json: bool) -> None:
     """Its passes with what each did, its operators, its inputs and outputs."""
     if as_json:

@@ -1,7 +1,13 @@
-"""Other architectures: refused in one line that names what didn't match, or right against transformers. Never in between."""
+"""Every family of `tests/families.py`: a checkpoint goes down the whole road, and its engine answers like transformers.
+
+With LLMLAB_RECORD set to a folder, each test leaves what it measured there (see `benchmarks/architectures.py`).
+"""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,207 +15,89 @@ import numpy as np
 import pytest
 import steps
 import tiny
-from steps import RAGGED, worst_error
+from families import FAMILIES
+from numpy.typing import NDArray
+from steps import PREEMPTED, PREEMPTED_SLOTS, RAGGED, worst_error
 
 from llmlab.build import build
-from llmlab.errors import LlmlabError, UnsupportedModelError
 from llmlab.graph.export import export
 from llmlab.graph.graph import Graph
 from llmlab.graph.interpret import Interpreter
 from llmlab.graph.optimize import optimize
+from llmlab.runtime.batch import StepBatch
+from llmlab.runtime.engine import Engine
 
 TOLERANCE = 1e-4
-NOT_TRACED = "torch can't export it"
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "mamba": ({"model_type": "mamba"}, NOT_TRACED),
-}
-REFUSED_SLOW: dict[str, tuple[dict[str, Any], str]] = {
-    "phi3": ({"model_type": "phi3"}, "may mix tokens of different sequences"),
-    "cohere": ({"model_type": "cohere"}, "model.rotary_emb/Expand"),
-    "dynamic rope": (
-        {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
-        "torch can't export it: Could not guard on data-dependent expression",
-    ),
-}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-LOCAL = ["sliding_attention", "full_attention", "sliding_attention"]
-RIGHT: dict[str, dict[str, Any]] = {
-    "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_positions": 64, "n_embd": 64},
-    "opt": {"model_type": "opt", "ffn_dim": 80, "word_embed_proj_dim": 64},
-    "opt, narrow words": {"model_type": "opt", "ffn_dim": 80, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
-    "biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
-    "yarn": {"model_type": "llama", "rope_parameters": YARN},
-    "window in some layers": {
-        "model_type": "qwen2",
-        "use_sliding_window": True,
-        "sliding_window": 6,
-        "max_window_layers": 1,
-    },
-    "gemma": {"model_type": "gemma", "head_dim": 16},
-    "gemma2": {"model_type": "gemma2", "head_dim": 16, "sliding_window": 6},
-    "bloom": {"model_type": "bloom", "n_layer": 2, "n_head": 4, "tie_word_embeddings": True},
-    "mpt": {"model_type": "mpt", "n_layers": 2, "n_heads": 4, "d_model": 64, "max_seq_len": 64},
-    "falcon": {"model_type": "falcon"},
-    "falcon, grouped": {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
-    "gpt_neo": {
-        "model_type": "gpt_neo",
-        "num_layers": 2,
-        "num_heads": 4,
-        "attention_types": [[["global", "local"], 1]],
-        "window_size": 6,
-    },
-    "gemma3": {
-        "model_type": "gemma3_text",
-        "head_dim": 16,
-        "sliding_window": 6,
-        "num_hidden_layers": 3,
-        "layer_types": LOCAL,
-    },
-    "stablelm": {"model_type": "stablelm"},
-    "olmo2": {"model_type": "olmo2"},
-    "granite": {"model_type": "granite"},
-    "smollm3": {"model_type": "smollm3"},
-    "starcoder2": {"model_type": "starcoder2", "sliding_window": 6},
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-}
+SEEN = 100 * TOLERANCE
+
+Logits = list[NDArray[np.float32]]
+Spoil = Callable[[StepBatch], StepBatch]
 
 
-def refusal(folder: Path, config: dict[str, Any]) -> str:
-    tiny.write_checkpoint(folder, config)
-    with pytest.raises(LlmlabError) as caught:
-        optimize(export(folder))
-    message = str(caught.value)
-    assert "\n" not in message and "\x1b" not in message
-    return message
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_architectures_that_are_refused(tmp_path: Path, name: str) -> None:
-    config, reason = REFUSED[name]
-    message = refusal(tmp_path / "c", config)
-    assert reason in message and config["model_type"] in message.lower()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", REFUSED_SLOW)
-def test_more_architectures_that_are_refused(tmp_path: Path, name: str) -> None:
-    config, reason = REFUSED_SLOW[name]
-    assert reason in refusal(tmp_path / "c", config)
-
-
-def worst_errors(folder: Path, serving: Graph, expected: list[np.ndarray]) -> tuple[float, float]:
-    """Of the interpreter and of the engine, over all tokens of RAGGED."""
-    interpreter = Interpreter(serving, num_blocks=48, block_size=4)
-    backend = build(serving, folder, max_tokens_per_step=32).backend(threads=1, max_num_seqs=8)
-    worst = [0.0, 0.0]
-    paged, slots = steps.paged_tables(RAGGED, 4, 48), steps.slot_tables(RAGGED, [4, 1, 0, 6, 3])
-    for (batch, rows), (slotted, _) in zip(
-        steps.batches(RAGGED, tiny.VOCAB, paged, steps.all_rows),
-        steps.batches(RAGGED, tiny.VOCAB, slots, steps.all_rows),
-        strict=True,
-    ):
+def in_flight(engine: Engine, expected: Logits, spoil: Spoil = lambda batch: batch) -> float:
+    """The worst error of the engine over PREEMPTED; its slots are full of NaN before."""
+    backend = engine.backend(threads=1, max_num_seqs=max(PREEMPTED_SLOTS) + 2)
+    for layer in backend._pool.layers:
+        layer[:] = np.nan
+    tables = steps.slot_tables(PREEMPTED, PREEMPTED_SLOTS)
+    worst = 0.0
+    for batch, rows in steps.batches(PREEMPTED, tiny.VOCAB, tables, steps.all_rows):
         truth = np.array([expected[b][i] for b, i in rows])
-        worst[0] = max(worst[0], worst_error(interpreter.step(steps.feeds(batch)), truth))
-        worst[1] = max(worst[1], worst_error(backend.execute(slotted), truth))
-    return worst[0], worst[1]
+        worst = max(worst, worst_error(backend.execute(spoil(batch)), truth))
+    backend.close()
+    return worst
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RIGHT)
-def test_architectures_that_pass_are_right(tmp_path: Path, name: str) -> None:
-    from transformers import AutoModelForCausalLM
-
-    folder = tiny.write_checkpoint(tmp_path / "c", RIGHT[name])
-    expected = steps.cached_generation(AutoModelForCausalLM.from_pretrained(folder).eval(), RAGGED, tiny.VOCAB)
-    assert max(worst_errors(tmp_path / "e", optimize(export(folder)), expected)) < TOLERANCE
-
-
-TOY = {
-    "model_type": "toy",
-    "vocab_size": 12,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-
-def toy(mask: str, mixer: str = "none") -> Any:
-    """A torch module of one attention layer over two heads of 8, with the mask that `mask` names."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention as attend
-
-    class Toy(torch.nn.Module):
-        config = TOY
-
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.embed = torch.nn.Embedding(12, 16)
-            self.q, self.k, self.v, self.o = (torch.nn.Linear(16, 16, bias=False) for _ in range(4))
-            self.head = torch.nn.Linear(16, 12, bias=False)
-
-        def forward(self, input_ids: Any, position_ids: Any) -> Any:
-            x = self.embed(input_ids)
-            batch, length, _ = x.shape
-            q, k, v = (f(x).reshape(batch, length, 2, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
-            at = torch.arange(length)
-            causal = at[:, None] >= at[None]
-            match mask:
-                case "causal":
-                    y = attend(q, k, v, is_causal=True)
-                case "none":
-                    y = attend(q, k, v)
-                case "padding":
-                    y = attend(q, k, v, attn_mask=causal & (input_ids != 0)[:, None, None])
-                case "bias":
-                    y = attend(
-                        q, k, v, attn_mask=torch.where(causal, -((at[:, None] - at[None]) ** 2) * 0.1, float("-inf"))
-                    )
-            y = self.o(y.transpose(1, 2).reshape(batch, length, 16))
-            match mixer:
-                case "cumsum":
-                    y = y.cumsum(1)
-                case "mean":
-                    y = y - y.mean(1, keepdim=True)
-                case "softmax":
-                    y = y.softmax(1)
-            return self.head(x + y)
-
-    return Toy()
+def controls(engine: Engine, expected: Logits) -> dict[str, float]:
+    """Errors of steps with something wrong in them: a slot, a length, and a position where the engine asks for it."""
+    spoils = [steps.traded_slots, steps.off_by_one_length]
+    if "position_ids" in {i.name for i in engine.backend(threads=1, max_num_seqs=1)._session.get_inputs()}:
+        spoils.append(steps.off_by_one_position)
+    return {spoil.__name__: in_flight(engine, expected, spoil) for spoil in spoils}
 
 
 @pytest.mark.parametrize(
-    ("mask", "mixer", "reason"),
-    [
-        ("none", "none", "it is not causal: every token sees every other"),
-        ("padding", "none", "the mask depends on the tokens themselves"),
-        ("bias", "none", "the mask adds numbers to the scores that are not ALiBi"),
-        ("causal", "cumsum", "it works along the token axis"),
-        ("causal", "mean", "may mix tokens of different sequences"),
-        ("causal", "softmax", "it works along the token axis"),
-    ],
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if family.slow else []) for n, family in FAMILIES.items()]
 )
-def test_torch_modules_that_are_refused(mask: str, mixer: str, reason: str) -> None:
-    with pytest.raises(UnsupportedModelError) as caught:
-        optimize(export(toy(mask, mixer)))
-    message = str(caught.value)
-    assert message.startswith("toy: ") and reason in message and "\n" not in message
+def test_the_engine_answers_like_transformers(tmp_path: Path, name: str) -> None:
+    family = FAMILIES[name]
+    model = tiny.make_model(family.config)
+    model.save_pretrained(tmp_path / "checkpoint")
+    serving = optimize(export(tmp_path / "checkpoint"))
+    engine = build(serving, tmp_path / "engine", max_tokens_per_step=32)
+    expected = steps.cached_generation(model, PREEMPTED, tiny.VOCAB)
+    error, wrong = in_flight(engine, expected), controls(engine, expected)
+    record(name, error, wrong)
+    assert error < TOLERANCE
+    assert all(e > SEEN for e in wrong.values()), wrong
 
 
-def test_a_torch_module_that_passes_is_right(tmp_path: Path) -> None:
-    import torch
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_serving_graph_says_the_same(tmp_path: Path, name: str) -> None:
+    """By its definition in NumPy, with blocks in random order."""
+    model = tiny.make_model(FAMILIES[name].config)
+    model.save_pretrained(tmp_path)
+    expected = steps.cached_generation(model, RAGGED, tiny.VOCAB)
+    assert interpreted(optimize(export(tmp_path)), expected) < TOLERANCE
 
-    module = toy("causal")
-    plan = steps.Plan(((5, 1, 1), (1, 3, 1)))
-    with torch.no_grad():
-        expected = [module(torch.tensor(t[None]), None)[0].numpy() for t in plan.tokens(12)]
-    serving = optimize(export(module))
-    interpreter = Interpreter(serving, num_blocks=8, block_size=4)
-    backend = build(serving, tmp_path / "e").backend(threads=1, max_num_seqs=2)
-    paged = steps.batches(plan, 12, steps.paged_tables(plan, 4, 8), steps.all_rows)
-    slots = steps.batches(plan, 12, steps.slot_tables(plan, [1, 0]), steps.all_rows)
-    for (batch, rows), (slotted, _) in zip(paged, slots, strict=True):
+
+def interpreted(serving: Graph, expected: Logits) -> float:
+    interpreter = Interpreter(serving, num_blocks=48, block_size=4)
+    worst = 0.0
+    for batch, rows in steps.batches(RAGGED, tiny.VOCAB, steps.paged_tables(RAGGED, 4, 48), steps.all_rows):
         truth = np.array([expected[b][i] for b, i in rows])
-        assert worst_error(interpreter.step(steps.feeds(batch)), truth) < TOLERANCE
-        assert worst_error(backend.execute(slotted), truth) < TOLERANCE
+        worst = max(worst, worst_error(interpreter.step(steps.feeds(batch)), truth))
+    return worst
+
+
+def record(name: str, error: float, wrong: dict[str, float]) -> None:
+    if folder := os.environ.get("LLMLAB_RECORD"):
+        measured: dict[str, Any] = {
+            "family": name,
+            "features": FAMILIES[name].features,
+            "error": error,
+            "control": min(wrong.values()),
+            "decode_steps": max(sum(count == 1 for count in chunks) for chunks in PREEMPTED.chunks),
+        }
+        (Path(folder) / f"{list(FAMILIES).index(name)}.json").write_text(json.dumps(measured))

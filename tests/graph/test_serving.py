@@ -89,16 +89,6 @@ def test_serving_graph_equals_cached_generation(store: Store, oracle: Any, name:
     assert max(errors(result, oracle(name))) < TOLERANCE
 
 
-def off_by_one_position(batch: StepBatch) -> StepBatch:
-    """Decoded tokens only: all positions of a sequence shifted alike would change nothing under RoPE."""
-    decoded = np.repeat(np.diff(batch.query_start) == 1, np.diff(batch.query_start)) & (batch.position_ids > 0)
-    return replace(batch, position_ids=batch.position_ids - decoded)
-
-
-def off_by_one_length(batch: StepBatch) -> StepBatch:
-    return replace(batch, kv_len=np.maximum(batch.kv_len - 1, np.diff(batch.query_start)))
-
-
 def permuted_blocks(batch: StepBatch) -> StepBatch:
     """The first two blocks trade places, from when a sequence has more than two (before, it would not be seen)."""
     table = batch.block_table.copy()
@@ -107,7 +97,7 @@ def permuted_blocks(batch: StepBatch) -> StepBatch:
     return replace(batch, block_table=table)
 
 
-@pytest.mark.parametrize("spoil", [off_by_one_position, off_by_one_length, permuted_blocks])
+@pytest.mark.parametrize("spoil", [steps.off_by_one_position, steps.off_by_one_length, permuted_blocks])
 def test_a_wrong_step_is_seen(store: Store, oracle: Any, spoil: Any) -> None:
     result = interpret(store.serving("llama"), RAGGED, steps.all_rows, spoil)
     assert max(errors(result, oracle("llama"))) > 100 * TOLERANCE
@@ -140,14 +130,7 @@ def test_sequences_may_run_apart(store: Store, oracle: Any, monkeypatch: pytest.
         assert max(errors(result, oracle("llama"))) < TOLERANCE
 
 
-def traded_slots(batch: StepBatch) -> StepBatch:
-    table = batch.block_table.copy()
-    past = batch.kv_len > np.diff(batch.query_start)
-    table[past] = np.roll(batch.block_table[past], 1, axis=0)
-    return replace(batch, block_table=table)
-
-
-@pytest.mark.parametrize("spoil", [off_by_one_length, traded_slots])
+@pytest.mark.parametrize("spoil", [steps.off_by_one_length, steps.traded_slots])
 def test_a_wrong_step_is_seen_by_the_engine(store: Store, oracle: Any, spoil: Any) -> None:
     result = execute(Engine.load(store.engine("llama")), RAGGED, [4, 1, 0, 6, 3], spoil)
     assert max(errors(result, oracle("llama"))) > 100 * TOLERANCE
