@@ -91,12 +91,19 @@ graph
 graph.nodes("model.layers.0")
 
 # %% [markdown]
-# That is a whole layer. (The casts, transposes and joins at its top touch weights alone: `build` does them once.) A report
-# knows more than its row in the table; here is what merging the query, key and value products (and gate with up)
-# changed, layer by layer:
+# That is a whole layer. (The casts, transposes and joins at its top touch weights alone: `build` does them once.) How did
+# it come to that? `why` asks the history about one place: which passes fired there, what they took away and put in,
+# and whose pattern was found but held back, with the reason.
 
 # %%
-next(report for report in graph.history if report.name == "merge_products").diff.by_layer()
+graph.why("layers.0.self_attn")
+
+# %% [markdown]
+# `diff` compares two graphs, node by node: what came, what went, and at each node that both have, what is different. What
+# happened alike in several layers is said once. Unfold a line to see it.
+
+# %%
+ll.diff(plain, graph)
 
 # %% [markdown]
 # Anything between two arrows can be saved and opened again.
@@ -289,6 +296,7 @@ llm.close()
 # llmlab chat engines/tinychat                  talk to it
 # llmlab bench engines/tinychat                 measure it
 # llmlab inspect engines/tinychat               see what it holds
+# llmlab inspect --passes                       leave out each pass in turn, and measure what it was good for
 # llmlab build path/or/hub-id -o engines/mine   the same road for a model of yours, in one go
 # ```
 #
