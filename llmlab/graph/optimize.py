@@ -28,6 +28,7 @@ from llmlab.graph.passes.unfold_gemm import UnfoldGemm
 from llmlab.graph.pipeline import Pipeline
 from llmlab.graph.rewrite import Pass, run_pass
 from llmlab.graph.rows import mixing_node
+from llmlab.graph.snapshot import snapshot
 
 SERVING_INPUTS = ("input_ids", "position_ids", "query_start", "kv_len", "block_table", "logits_index")
 
@@ -83,17 +84,21 @@ def optimize(
         raise InputError(f"expected a Graph, got {type(graph).__name__}: export a model first")
     result = graph.copy()
     if passes is not None:
-        for make in passes:
-            run_pass(make(), result)
-        return result
+        return _run(passes, result)
     chosen = _pipeline.passes(without)
     if graph.kind != "plain":
         raise InputError("this graph is a serving graph already: build it, or start again from export")
     result.surgeon.cleanup().toposort()
-    for make in chosen:
-        run_pass(make(), result)
-    _verify(result)
+    _verify(_run(chosen, result))
     return result
+
+
+def _run(passes: Iterable[Callable[[], Pass]], graph: Graph) -> Graph:
+    """Run passes over `graph`, in place."""
+    state = snapshot(graph.surgeon)
+    for make in passes:
+        state = run_pass(make(), graph, state)
+    return graph
 
 
 def _verify(graph: Graph) -> None:

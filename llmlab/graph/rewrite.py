@@ -56,13 +56,14 @@ class Pass:
         raise NotImplementedError(f"{type(self).__name__} gives no rewrite")
 
 
-def run_pass(rule: Pass, graph: Graph) -> PassReport:
+def run_pass(rule: Pass, graph: Graph, before: Snapshot | None = None) -> Snapshot:
     """Run one pass over `graph`, in place, and append its report to the graph's history.
 
+    Gives back the graph as the pass left it, which the next one can take as `before`.
     Raises PassError where the pass raises something that isn't an LlmlabError; the graph may be half rewritten then.
     """
-    start = time.perf_counter()
-    before, bytes_before = snapshot(graph.surgeon), graph.weight_bytes
+    start, bytes_before = time.perf_counter(), graph.weight_bytes
+    before = snapshot(graph.surgeon) if before is None else before
     edit = Editor(graph)
     places: list[Rewrite] = []
     misses: list[NearMiss] = []
@@ -85,24 +86,25 @@ def run_pass(rule: Pass, graph: Graph) -> PassReport:
             graph.surgeon.cleanup().toposort()
         after = snapshot(graph.surgeon)
     changes = compare(before, after)
-    report = PassReport(
-        name=rule.name,
-        summary=(type(rule).__doc__ or "").strip().partition("\n")[0],
-        matches=len(places) + len(misses),
-        rewrites=len(places),
-        near_misses=tuple(misses),
-        nodes_before=len(before.nodes),
-        nodes_after=len(after.nodes),
-        diff=changes,
-        places=_with_removed(places, before, changes.removed),
-        run=1 + sum(r.name == rule.name for r in graph.history),
-        source=_source(type(rule)),
-        weight_bytes_before=bytes_before,
-        weight_bytes_after=graph.weight_bytes if places else bytes_before,
-        seconds=round(time.perf_counter() - start, 4),
+    graph.history.append(
+        PassReport(
+            name=rule.name,
+            summary=(type(rule).__doc__ or "").strip().partition("\n")[0],
+            matches=len(places) + len(misses),
+            rewrites=len(places),
+            near_misses=tuple(misses),
+            nodes_before=len(before.nodes),
+            nodes_after=len(after.nodes),
+            diff=changes,
+            places=_with_removed(places, before, changes.removed),
+            run=1 + sum(r.name == rule.name for r in graph.history),
+            source=_source(type(rule)),
+            weight_bytes_before=bytes_before,
+            weight_bytes_after=graph.weight_bytes if places else bytes_before,
+            seconds=round(time.perf_counter() - start, 4),
+        )
     )
-    graph.history.append(report)
-    return report
+    return after
 
 
 def _with_removed(places: list[Rewrite], before: Snapshot, removed: Collection[str]) -> tuple[Rewrite, ...]:
