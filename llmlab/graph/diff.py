@@ -133,12 +133,12 @@ class GraphDiff:
         )
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{len(getattr(self, what))} {what}" for what in KINDS)
-        return (
-            f"{counts} nodes; {len(self.weights)} weights, {len(self.ports)} inputs and outputs"
-            if self
-            else NO_DIFFERENCE
-        )
+        """Counts of nodes, and of other things where there are any: `2 added, 1 removed nodes; 3 weights`."""
+        nodes = ", ".join(f"{len(getattr(self, what))} {what}" for what in KINDS if getattr(self, what))
+        counts = [f"{nodes} nodes"] if nodes else []
+        counts += [f"{len(self.weights)} weights"] if self.weights else []
+        counts += [f"{len(self.ports)} inputs and outputs"] if self.ports else []
+        return "; ".join(counts) or NO_DIFFERENCE
 
     __repr__ = __str__
 

@@ -51,7 +51,7 @@ def test_another_operator() -> None:
 
     found = edited(change)
     assert found.changed == {"m.y/Add": (Change("operator", "Add", "Sub"),)} and found.ops == {"Add": -1, "Sub": 1}
-    assert not found.added and not found.removed and not found.weights
+    assert not found.added and not found.removed and not found.weights and str(found) == "1 changed nodes"
 
 
 def test_another_attribute() -> None:
