@@ -23,8 +23,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({"model_type": "mamba"}, NOT_TRACED),
 }
 REFUSED_SLOW: dict[str, tuple[dict[str, Any], str]] = {
-    "phi3": ({"model_type": "phi3"}, "may mix tokens of different sequences"),
-    "cohere": ({"model_type": "cohere"}, "model.rotary_emb/Expand"),
     "dynamic rope": (
         {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
         "torch can't export it: Could not guard on data-dependent expression",
