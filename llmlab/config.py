@@ -11,8 +11,8 @@ from llmlab.errors import CheckpointError
 # Other names that configs of older families use for the same field.
 _ALIASES = {
     "hidden_size": ("n_embd", "d_model"),
-    "num_layers": ("num_hidden_layers", "n_layer", "n_layers"),
-    "num_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "decoder_layers"),
+    "num_heads": ("num_attention_heads", "n_head", "n_heads", "attention_heads", "decoder_attention_heads"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length", "n_ctx"),
 }
 
@@ -44,6 +44,10 @@ class ModelConfig:
                 for source in (raw, text):
                     if source and source.get(key) is not None:
                         return source[key]
+            if name == "num_heads" and "model_type" in raw:
+                raise CheckpointError(
+                    f"{where}: no 'num_heads' in it: a model without attention can't be served; if it has some, add the field"
+                )
             raise CheckpointError(f"{where}: no '{name}' in it; add the field or export a complete checkpoint")
 
         def count(name: str) -> int:

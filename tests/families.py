@@ -35,6 +35,12 @@ FAMILIES: dict[str, Family] = {
         "frequencies scaled by part, MHA, tied head",
     ),
     "llama (yarn)": Family({"model_type": "llama", **_rope("yarn", **_SCALED)}, "YaRN frequencies and scale"),
+    "llama (linear)": Family({"model_type": "llama", **_rope("linear", factor=4.0)}, "positions divided", slow=True),
+    "llama (biases)": Family(
+        {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+        "a bias everywhere, MQA",
+        slow=True,
+    ),
     **{
         f"llama (head size {size})": Family(
             {"model_type": "llama", "head_dim": size}, f"heads of {size}", slow=size != 80
@@ -47,6 +53,11 @@ FAMILIES: dict[str, Family] = {
         "mixture of experts, weights of one expert a tensor",
     ),
     "qwen2": Family({"model_type": "qwen2", "tie_word_embeddings": True}, "biases on q, k and v, tied head"),
+    "qwen2 (windows)": Family(
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+        "a window in some layers",
+        slow=True,
+    ),
     "qwen3": Family({"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 1}, "q and k normed, MQA"),
     "qwen3_moe": Family(
         {
@@ -82,6 +93,10 @@ FAMILIES: dict[str, Family] = {
         {"model_type": "phi3", "original_max_position_embeddings": 64, **_rope("longrope", **_LONG)},
         "short and long RoPE factors",
     ),
+    "gpt2": Family(
+        {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_positions": 64, "n_embd": 64, "tie_word_embeddings": True},
+        "learned positions, LayerNorm, fused QKV, tied head",
+    ),
     "gpt_neo": Family(
         {
             "model_type": "gpt_neo",
@@ -93,8 +108,24 @@ FAMILIES: dict[str, Family] = {
         "scores not scaled, alternating windows",
     ),
     "gpt_neox": Family({"model_type": "gpt_neox"}, "partial RoPE, parallel residual, QKV fused head by head"),
+    "falcon": Family({"model_type": "falcon", "multi_query": True}, "MQA, parallel residual"),
+    "falcon (grouped)": Family(
+        {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
+        "GQA, two norms",
+        slow=True,
+    ),
     "mpt": Family({"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, "ALiBi"),
+    "opt": Family(
+        {"model_type": "opt", "ffn_dim": 80, "word_embed_proj_dim": 64}, "learned positions with an offset, ReLU"
+    ),
+    "opt (narrow words)": Family(
+        {"model_type": "opt", "ffn_dim": 80, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+        "embeddings narrower than the model, norms behind",
+        slow=True,
+    ),
     "bloom": Family({"model_type": "bloom", "n_layer": 2, "n_head": 4}, "ALiBi, embeddings normed"),
+    "stablelm": Family({"model_type": "stablelm"}, "partial RoPE, LayerNorm, SwiGLU"),
+    "olmo2": Family({"model_type": "olmo2"}, "norms behind attention and MLP, q and k normed before heads"),
     "cohere": Family(
         {"model_type": "cohere", "logit_scale": 0.5, "use_qk_norm": True},
         "interleaved RoPE, parallel residual, logits scaled",

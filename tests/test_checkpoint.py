@@ -204,6 +204,7 @@ def test_a_config_without_a_field(tmp_path: Path, field: str) -> None:
     message = folder_refusal(make_folder(tmp_path, {k: v for k, v in CONFIG.items() if k != field}))
     name = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}.get(field, field)
     assert f"config.json: no '{name}' in it" in message
+    assert ("a model without attention can't be served" in message) == (name == "num_heads")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({"model_type": "mamba"}, NOT_TRACED),
 }
 REFUSED_SLOW: dict[str, tuple[dict[str, Any], str]] = {
+    "bert": ({"model_type": "bert"}, "attention is bidirectional; only causal self-attention can be paged"),
     "dynamic rope": (
         {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
         "torch can't export it: Could not guard on data-dependent expression",
