@@ -86,8 +86,13 @@ class MergeProducts(Pass):
             if (layer := linear(node)) is not None:
                 groups.setdefault((id(node.inputs[0]), layer.transposed), []).append(layer)
         for layers in groups.values():
-            if len(layers) > 1:
-                yield Match(node=layers[0].node, layers=layers)
+            modules: dict[str, list[Linear]] = {}
+            for layer in layers:  # attention and MLP read the same tokens where a model runs them side by side
+                modules.setdefault(_module(layer), []).append(layer)
+            several = [group for group in modules.values() if len(group) > 1]
+            for group in several or [layers]:
+                if len(group) > 1:
+                    yield Match(node=group[0].node, layers=group)
 
     def check(self, edit: Editor, match: Match) -> str | None:
         layers: list[Linear] = match.layers
@@ -95,7 +100,7 @@ class MergeProducts(Pass):
             return "some of the products have a bias and some have none"
         if len({str(layer.weight.dtype) for layer in layers}) != 1:
             return "the weights have different types"
-        if len({scope(layer.node).rpartition(".")[0] for layer in layers}) != 1:
+        if len({_module(layer) for layer in layers}) != 1:
             return f"they belong to different modules: {', '.join(scope(layer.node) for layer in layers)}"
         if any(edit.is_output(layer.out) for layer in layers):
             return "one of the products is an output"
@@ -104,7 +109,7 @@ class MergeProducts(Pass):
     def rewrite(self, edit: Editor, match: Match) -> None:
         layers: list[Linear] = match.layers
         first = layers[0]
-        where = scope(first.node).rpartition(".")[0]
+        where = _module(first)
         widths = [layer.width for layer in layers]
         biases = [layer.bias for layer in layers if layer.bias is not None]
         x, dtype = first.node.inputs[0], first.out.dtype
@@ -114,3 +119,8 @@ class MergeProducts(Pass):
         parts = edit.add_many("Split", where, [whole, sizes], {"axis": -1}, [(dtype, [*rows, w]) for w in widths])
         for layer, part in zip(layers, parts, strict=True):
             edit.replace(layer.out, part)
+
+
+def _module(layer: Linear) -> str:
+    """The module that holds the layer: `model.layers.0.self_attn`."""
+    return scope(layer.node).rpartition(".")[0]

@@ -110,3 +110,14 @@ def test_weights_that_are_stored_the_other_way_round() -> None:
     assert report.rewrites == 1
     assert ops(after) == {"Concat": 2, "MatMul": 1, "Add": 1, "Split": 1, "Mul": 1}
     same(before, after, {"x": rows(5, 8)})
+
+
+def test_attention_and_mlp_side_by_side_merge_each_for_itself() -> None:
+    """phi, falcon and gpt_neox feed both from one norm."""
+    text = PLAIN.replace("y = Mul(a, b)", "c = MatMul(x, kc) ab = Mul(a, b) y = Mul(ab, c)")
+    before = small_graph(text, **weights(ka=(8, 6), kb=(8, 6), kc=(8, 6), ba=(6,), bb=(6,)))
+    for node in before.surgeon.nodes:
+        node.name = node.name.replace("m.c/", "layer.mlp.c/").replace("m.", "layer.attn.")
+    after, report = apply(MergeProducts, before)
+    assert report.rewrites == 1 and ops(after)["MatMul"] == 2 and ops(after)["Split"] == 1
+    same(before, after, {"x": rows(5, 8)})
