@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
@@ -18,9 +19,15 @@ from llmlab.graph.check import tensor_bytes, tensor_dtype
 _DIGITS = 20  # of a number in an entry; 2⁶⁴ has as many
 
 
-def map_external(model: Path, tensors: Iterable[TensorProto], only: str | None = None) -> dict[str, np.ndarray]:
-    """Memory maps of the external ones among `tensors`, by name; all of them must lie in the file `only`, if that is given."""
-    data = _Files(model, only)
+def map_external(
+    model: Path,
+    tensors: Iterable[TensorProto],
+    only: str | None = None,
+    references: Mapping[str, BinaryIO] = MappingProxyType({}),
+) -> dict[str, np.ndarray]:
+    """Memory maps of the external ones among `tensors`, by name; all of them must lie in the file `only`, if that is given,
+    or in one of `references`: open files that were checked elsewhere, by location."""
+    data = _Files(model, only, references)
     try:
         arrays = {t.name: data.map(t) for t in tensors if t.data_location == TensorProto.EXTERNAL}
         data.check_overlaps()
@@ -36,9 +43,9 @@ class _Files:
     checked is what is read.
     """
 
-    def __init__(self, model: Path, only: str | None) -> None:
+    def __init__(self, model: Path, only: str | None, references: Mapping[str, BinaryIO]) -> None:
         self.model, self.folder, self.only = model, model.parent, only
-        self._files: dict[str, BinaryIO] = {}
+        self._files = dict(references)
         self._taken: dict[str, dict[int, int]] = {}
 
     def map(self, tensor: TensorProto) -> np.ndarray:
@@ -48,7 +55,7 @@ class _Files:
         label = f"{self.model}: {tensor.name!r}"
         if len(entry) != len(tensor.external_data):
             raise GraphError(f"{label}: its entry says something twice: altered, export it again")
-        if self.only not in (None, location):
+        if self.only not in (None, location) and location not in self._files:
             raise GraphError(f"{label} points to {location!r}, expected {self.only!r} beside the graph")
         offset = _number(entry, "offset", label)
         length = _number(entry, "length", label) if "length" in entry else None

@@ -17,6 +17,7 @@ from llmlab.config import ModelConfig
 from llmlab.errors import GraphError
 from llmlab.files import atomic_folder, read_bytes, read_json, write_json
 from llmlab.graph.diff import GraphDiff, diff
+from llmlab.graph.references import References, open_references
 from llmlab.graph.report import History, PassReport
 from llmlab.graph.storage import constants, read_onnx, write_onnx
 from llmlab.graph.tables import NodeTable
@@ -108,19 +109,31 @@ class Graph:
         """The model as one protobuf with its weights inside; for graphs under 2 GB. `save` takes any size."""
         return gs.export_onnx(self.surgeon, do_type_check=False, ir_version=11)
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the graph as a folder (graph.onnx, weights.bin, graph.json, tokenizer files), whole or not at all."""
+    def save(self, path: str | Path, *, overwrite: bool = False, copy_weights: bool = True) -> Path:
+        """Write the graph as a folder (graph.onnx, weights.bin, graph.json, tokenizer files), whole or not at all.
+
+        copy_weights: False leaves what is still as the checkpoint has it in the checkpoint's files, and notes their paths,
+        sizes and times: a 7B model is then a few MB, which needs the checkpoint to be opened (`load(weights_from=…)`).
+        """
+        references = None if copy_weights else References(leave_out=Path(path))
         with atomic_folder(Path(path), overwrite=overwrite, marker=MANIFEST) as work:
-            write_onnx(self.surgeon, work)
+            write_onnx(self.surgeon, work, references=references)
             for name, data in self.assets.items():
                 (work / name).write_bytes(data)
             history = [report.to_dict() for report in self.history]
-            write_json(work / MANIFEST, {"format": FORMAT, "config": self.config.to_dict(), "history": history})
+            manifest = {"format": FORMAT, "config": self.config.to_dict(), "history": history}
+            if references is not None:
+                manifest["references"] = references.to_list()
+            write_json(work / MANIFEST, manifest)
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> Graph:
-        """Open what `save` wrote. Weights are memory maps. Raises GraphError where the folder is damaged."""
+    def load(cls, path: str | Path, *, weights_from: str | Path | None = None) -> Graph:
+        """Open what `save` wrote. Weights are memory maps. Raises GraphError where the folder is damaged.
+
+        weights_from: the folder whose files may be read, for a graph that was saved with `copy_weights=False`; also raises
+        GraphError where one of these files lies elsewhere or was changed.
+        """
         folder = Path(path).expanduser()
         where = folder / MANIFEST
         if not where.is_file():
@@ -137,7 +150,9 @@ class Graph:
         except (TypeError, KeyError, ValueError, AttributeError) as problem:
             raise GraphError(f"{where}: its history is malformed: altered, export it again") from problem
         assets = {n: read_bytes(folder / n, GraphError) for n in ASSETS if (folder / n).is_file()}
-        return cls(read_onnx(folder), config, assets, history)
+        allowed = None if weights_from is None else Path(weights_from)
+        references = open_references(manifest.get("references", []), allowed, where)
+        return cls(read_onnx(folder, references=references), config, assets, history)
 
     def to_dict(self) -> dict[str, Any]:
         return {

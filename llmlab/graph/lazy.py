@@ -40,7 +40,8 @@ class Stacked(LazyArray):
         if len(shapes) != 1:
             raise ValueError(f"parts of the shapes {', '.join(str(list(s)) for s in sorted(shapes))} can't be stacked")
         (shape,) = shapes
-        self.parts, self.axis = list(parts), axis % (len(shape) + 1)
+        self.parts = self.sources = list(parts)
+        self.axis = axis % (len(shape) + 1)
         super().__init__((*shape[: self.axis], len(parts), *shape[self.axis :]), np.result_type(*_dtypes(parts)))
 
     def fill(self, out: np.ndarray) -> None:
@@ -53,7 +54,8 @@ class Joined(LazyArray):
 
     def __init__(self, parts: Sequence[Values], axis: int = 0) -> None:
         first = tuple(parts[0].shape)
-        self.parts, self.axis = list(parts), axis % len(first)
+        self.parts = self.sources = list(parts)
+        self.axis = axis % len(first)
         self.sizes = [int(p.shape[self.axis]) if len(p.shape) == len(first) else -1 for p in parts]
         for part in parts:
             if (
@@ -76,7 +78,7 @@ class Rearranged(LazyArray):
 
     def __init__(self, source: Values, arrange: Callable[[np.ndarray], np.ndarray], shape: Sequence[int]) -> None:
         super().__init__(tuple(int(d) for d in shape), np.dtype(source.dtype))
-        self.source, self.arrange = source, arrange
+        self.source, self.arrange, self.sources = source, arrange, [source]
 
     def fill(self, out: np.ndarray) -> None:
         source = self.source

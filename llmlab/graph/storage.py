@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -18,6 +21,8 @@ from llmlab.errors import GraphError
 from llmlab.files import PROTO_LIMIT, read_bytes
 from llmlab.graph.check import check_model
 from llmlab.graph.external import map_external
+from llmlab.graph.references import References
+from llmlab.progress import byte_bar
 
 MODEL, WEIGHTS = "graph.onnx", "weights.bin"
 _INLINE = 1024  # bytes; smaller constants stay in the protobuf
@@ -26,6 +31,9 @@ _ALIGN = 4096  # bytes; so that a runtime can map each tensor
 
 class DeferredValues(LazyValues):
     """A constant whose array is computed when it is written, one at a time, and not kept."""
+
+    sources: Sequence[np.ndarray | DeferredValues] = ()
+    """The arrays that it is computed from."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self.shape, self.dtype = shape, dtype
@@ -65,24 +73,51 @@ def array(constant: gs.Constant) -> np.ndarray:
     return values.load() if isinstance(values, LazyValues) else values
 
 
-def write_onnx(graph: gs.Graph, folder: Path, model: str = MODEL, weights: str = WEIGHTS) -> None:
+def write_onnx(
+    graph: gs.Graph, folder: Path, model: str = MODEL, weights: str = WEIGHTS, references: References | None = None
+) -> None:
     """Write `graph` as `folder/model`, every constant over a kilobyte in `folder/weights`.
 
+    references: leave what is mapped from a file where it is, and collect these files here.
     Peak memory is the largest tensor: constants are memory maps or deferred, and each is dropped once written.
     """
-    with (folder / weights).open("wb") as file, _swapped(constants(graph)) as swap:
+    large = [c for c in constants(graph) if c._values.nbytes >= _INLINE]
+    with (
+        (folder / weights).open("wb") as file,
+        _swapped(constants(graph)) as swap,
+        byte_bar(sum(c._values.nbytes for c in large), "weights") as advance,
+    ):
         for constant in constants(graph):
+            before = constant._values
             if constant._values.nbytes < _INLINE:
                 if isinstance(constant._values, DeferredValues):
                     swap(constant, array(constant))
+                continue
+            advance(int(before.nbytes))
+            if references is not None and (place := references.place(before)) is not None:
+                swap(constant, External(*place, before.nbytes, before.dtype, tuple(before.shape)))
                 continue
             file.write(b"\0" * (-file.tell() % _ALIGN))
             values = np.ascontiguousarray(array(constant))
             external = External(weights, file.tell(), values.nbytes, values.dtype, tuple(values.shape))
             file.write(values.reshape(-1).view(np.uint8).data)
             swap(constant, external)
+            del values
+            _release(before)
         proto = gs.export_onnx(graph, do_type_check=False, ir_version=11)
     (folder / model).write_bytes(proto.SerializeToString())
+
+
+def _release(values: object) -> None:
+    """Give the pages of read-only maps back to the system: they would count as this process's memory, and once written
+    are not needed again."""
+    if isinstance(values, DeferredValues):
+        for source in values.sources:
+            _release(source)
+    while isinstance(values, np.ndarray):
+        if isinstance(values, np.memmap) and values.mode == "r" and isinstance(values.base, mmap.mmap):
+            values.base.madvise(mmap.MADV_DONTNEED)
+        values = values.base
 
 
 @contextmanager
@@ -119,12 +154,18 @@ def parse_onnx(path: Path) -> onnx.ModelProto:
         raise GraphError(f"{path}: not an ONNX model: truncated or altered") from problem
 
 
-def read_onnx(folder: Path, model: str = MODEL, weights: str = WEIGHTS) -> gs.Graph:
-    """Open what `write_onnx` wrote. Refuses weights outside `folder/weights` or past its end (GraphError)."""
+def read_onnx(
+    folder: Path,
+    model: str = MODEL,
+    weights: str = WEIGHTS,
+    references: Mapping[str, BinaryIO] = MappingProxyType({}),
+) -> gs.Graph:
+    """Open what `write_onnx` wrote. Refuses weights outside `folder/weights` and the files in `references`, or past their
+    end (GraphError)."""
     path = folder / model
     proto = parse_onnx(path)
     check_model(proto, path, domains=None)
-    arrays = map_external(path, proto.graph.initializer, weights)
+    arrays = map_external(path, proto.graph.initializer, weights, references)
     try:
         graph = from_proto(proto)
         for tensor in graph.tensors().values():

@@ -30,9 +30,15 @@ class Expression(DeferredValues):
     def __init__(self, tensor: gs.Variable) -> None:
         super().__init__(tuple(int(d) for d in tensor.shape), np.dtype(tensor.dtype))
         self._compute = _compile(tensor)
+        self.sources = [t._values for t in _leaves(tensor)]
 
     def load(self) -> np.ndarray:
         return np.asarray(self._compute(), self.dtype)
+
+
+def _leaves(tensor: gs.Tensor) -> list[gs.Constant]:
+    """The constants that an expression is made of."""
+    return [tensor] if isinstance(tensor, gs.Constant) else [c for t in tensor.inputs[0].inputs for c in _leaves(t)]
 
 
 def _compile(tensor: gs.Tensor) -> Callable[[], np.ndarray]:

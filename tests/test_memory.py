@@ -1,0 +1,77 @@
+"""What exporting and building costs in memory: never the weights. Each case runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from checkpoints import SHAPES, tensors, write_checkpoint  # noqa: E402
+
+WIDE = {
+    **SHAPES["llama-2-7b"],
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 4,
+    "vocab_size": 4000,
+}
+"""222 million parameters in few nodes."""
+RUN = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from export_cost import Memory, ours
+import onnxruntime, onnxscript, torch, transformers
+import llmlab.build, llmlab.graph.export
+memory = Memory()
+memory.sample()
+before = dict(memory.peaks)
+seconds = ours(Path(sys.argv[2]), Path(sys.argv[3]), through=sys.argv[4])
+memory.sample()
+print(json.dumps({"before": before, "seconds": seconds, **memory.peaks}))
+"""
+
+
+def cost(checkpoint: Path, scratch: Path, through: str) -> dict[str, Any]:
+    command = [sys.executable, "-c", RUN, str(BENCHMARKS), str(checkpoint), str(scratch), through]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def parameters(sizes: dict[str, Any]) -> int:
+    return sum(math.prod(shape) for _, shape in tensors(sizes))
+
+
+@pytest.mark.parametrize(("through", "dtype"), [("optimize", "bfloat16"), ("build", "bfloat16"), ("build", "float32")])
+def test_weights_are_never_in_memory(tmp_path: Path, through: str, dtype: str) -> None:
+    """As stored they are two or four bytes each; what is written is four."""
+    weights = 4 * parameters(WIDE)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", WIDE, dtype, shard_bytes=200 << 20)
+    found = cost(checkpoint, tmp_path, through)
+    grown = {name: found[name] - found["before"][name] for name in ("anonymous", "peak")}
+    share = 0.15 if through == "optimize" else 0.3
+    assert grown["anonymous"] < share * weights, f"{grown} of {weights}"
+    assert grown["peak"] < (share + 0.2) * weights, "pages of the maps are given back while they are written"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_7b_checkpoint(tmp_path: Path, dtype: str) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", SHAPES["llama-2-7b"], dtype)
+    assert cost(checkpoint, tmp_path, "optimize")["peak"] < 2 << 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_engine_of_1b(tmp_path: Path, dtype: str) -> None:
+    """Built and opened: at most 1.3 times its weights."""
+    sizes = SHAPES["tinyllama-1.1b"]
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", sizes, dtype, seed=0)
+    assert cost(checkpoint, tmp_path, "open")["peak"] < 1.3 * 4 * parameters(sizes)

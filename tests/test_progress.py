@@ -1,0 +1,33 @@
+"""The bar over bytes: drawn where someone sees it and it is worth it."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from llmlab import progress
+
+LARGE = 1 << 30
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, screen: io.StringIO, total: int) -> str:
+    monkeypatch.setattr(sys, "stderr", screen)
+    with progress.byte_bar(total, "weights") as advance:
+        advance(total // 2)
+        advance(total - total // 2)
+    return screen.getvalue()
+
+
+def test_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "weights" in drawn(monkeypatch, Terminal(), LARGE)
+
+
+def test_nowhere_else_and_not_for_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawn(monkeypatch, io.StringIO(), LARGE) == "" and drawn(monkeypatch, Terminal(), 1000) == ""
