@@ -12,6 +12,7 @@ from conftest import Store
 
 from llmlab.build import build
 from llmlab.errors import CheckpointError, InputError
+from llmlab.graph import storage
 from llmlab.graph.lower.onnxruntime import LOWERED_INPUTS
 from llmlab.runtime.engine import Engine
 
@@ -96,3 +97,22 @@ def test_weights_are_stored_once(store: Store) -> None:
     rope = 2 * engine.manifest.kv.capacity * 8 * 4
     weights = int(engine.manifest.files["weights.bin"]["size"])
     assert parameters < weights + 64 * 1024 and weights < parameters + rope + 4096 * 64
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_building_that_is_interrupted_leaves_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    """In the middle of the weights, and the graph is as it was."""
+    graph, written = store.serving("llama"), iter(range(5))
+    load = storage.array
+
+    def interrupted(constant: Any) -> np.ndarray:
+        if next(written, None) is None:
+            raise stop
+        return load(constant)
+
+    monkeypatch.setattr(storage, "array", interrupted)
+    with pytest.raises(stop):
+        build(graph, tmp_path / "e")
+    assert list(tmp_path.iterdir()) == [] and graph.weight_bytes == store.serving("llama").weight_bytes
