@@ -162,10 +162,15 @@ class Checkpoint:
         path = folder / "config.json"
         self.config = ModelConfig.from_hf(read_json(path, CheckpointError), where=str(path))
         self.weights = Weights(folder)
-        self.assets = {n: read_bytes(folder / n, CheckpointError) for n in ASSETS if (folder / n).is_file()}
+        self.assets = read_assets(folder)
 
     def close(self) -> None:
         """Let go of what was needed until the weights were mapped."""
+
+
+def read_assets(folder: Path) -> dict[str, bytes]:
+    """The tokenizer's and generation's files in `folder`, by name."""
+    return {n: read_bytes(folder / n, CheckpointError) for n in ASSETS if (folder / n).is_file()}
 
 
 def generation_config(assets: Mapping[str, bytes]) -> dict[str, Any]:

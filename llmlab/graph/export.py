@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmlab.checkpoint import Checkpoint, resolve
+from llmlab.checkpoint import Checkpoint, read_assets, resolve
 from llmlab.config import ModelConfig
 from llmlab.errors import InputError, UnsupportedModelError, require
 from llmlab.files import read_json
@@ -26,6 +26,7 @@ def export(
     source: str | Path | torch.nn.Module,
     *,
     config: Mapping[str, Any] | ModelConfig | str | Path | None = None,
+    tokenizer: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Graph:
     """Export a model to a plain ONNX graph (opset 23, float32) with inputs `input_ids`, `position_ids` i64 [batch, sequence].
@@ -36,6 +37,8 @@ def export(
         needs no torch.
     config: for a torch module, its configuration (Hugging Face field names), unless the module has a `.config`; for an
         ONNX file the same or the path of a config.json, unless that lies beside it.
+    tokenizer: for a torch module, what brings its tokenizer files: a folder, a hub id or a model that ships. Without
+        one, the engine works on token ids alone.
     trust_remote_code: run modelling code that the checkpoint brings. Off: such a checkpoint is refused.
 
     Weights keep their checkpoint names (a NeMo archive's get those of the Hugging Face model that computes the same) and
@@ -43,14 +46,19 @@ def export(
     stored narrower.
     """
     if isinstance(source, (str, Path)) and str(source).endswith(ONNX_SUFFIX):
+        if tokenizer is not None:
+            raise InputError("tokenizer goes with a torch module; an ONNX file has its tokenizer.json beside it")
         return open_onnx(Path(source).expanduser(), config)
     torch = require("torch", "export")
     require("onnxscript", "export")
     if isinstance(source, torch.nn.Module):
         model_config = _module_config(source, config)
-        return Graph(trace(source.eval(), {}, model_config.max_position_embeddings), model_config)
+        assets = {} if tokenizer is None else _tokenizer_files(tokenizer)
+        return Graph(trace(source.eval(), {}, model_config.max_position_embeddings), model_config, assets)
     if config is not None:
         raise InputError("config goes with a torch module or an ONNX file; a checkpoint brings its own config.json")
+    if tokenizer is not None:
+        raise InputError("tokenizer goes with a torch module; a checkpoint brings its own tokenizer.json")
     if not isinstance(source, (str, Path)):
         raise InputError(
             f"source is a {type(source).__name__}; expected a checkpoint folder, a hub id or a torch module"
@@ -58,6 +66,14 @@ def export(
     path = Path(source).expanduser()
     with closing(NemoCheckpoint(path) if is_nemo(path) else Checkpoint(resolve(source))) as checkpoint:
         return Graph(_trace_checkpoint(checkpoint, trust_remote_code), checkpoint.config, checkpoint.assets)
+
+
+def _tokenizer_files(source: str | Path) -> dict[str, bytes]:
+    folder = resolve(source)
+    assets = read_assets(folder)
+    if "tokenizer.json" not in assets:
+        raise InputError(f"{folder}: no tokenizer.json there; expected a folder that holds a tokenizer")
+    return assets
 
 
 def _module_config(module: torch.nn.Module, config: Mapping[str, Any] | ModelConfig | str | Path | None) -> ModelConfig:
