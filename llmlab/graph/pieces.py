@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.console import RenderableType
+from rich.table import Table
 
 from llmlab.graph.edit import Dim
 from llmlab.graph.graph import Graph
+from llmlab.graph.render import html_table, plain
 
 Feeds = Mapping[str, np.ndarray]
-_LEFT = "style='text-align:left'"
 
 
 @dataclass(frozen=True)
@@ -106,23 +108,15 @@ class Cut:
         marked = sum(piece.marked for piece in self.pieces)
         return f"Cut({len(self.pieces)} pieces, {marked} at chosen nodes, {keys} different; {len(self.crossings)} tensors cross)"
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
-        table = Table(title=repr(self), title_justify="left")
-        for name in _COLUMNS:
-            table.add_column(name)
+    def __rich__(self) -> RenderableType:
+        table = Table(*_COLUMNS, title=repr(self), title_justify="left")
         for row in self._rows():
-            table.add_row(*row)
+            table.add_row(*map(plain, row))
         return table
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        head = "".join(f"<th {_LEFT}>{name}</th>" for name in _COLUMNS)
-        cells = "".join(
-            "<tr>" + "".join(f"<td {_LEFT}><small>{html.escape(c)}</small></td>" for c in row) + "</tr>"
-            for row in self._rows()
-        )
-        page = f"<div>{html.escape(repr(self))}</div><table><tr>{head}</tr>{cells}</table>"
+        rows = ([f"<small>{html.escape(cell)}</small>" for cell in row] for row in self._rows())
+        page = f"<div>{html.escape(repr(self))}</div>{html_table(_COLUMNS, rows)}"
         return {"text/plain": repr(self), "text/html": page}
 
     def _rows(self) -> list[tuple[str, ...]]:

@@ -64,7 +64,7 @@ def _numbers(report: PassReport) -> tuple[str, str, str, str]:
 
 def history_html(history: History) -> str:
     head = ("pass", "rewritten", "nodes", "operators that came and went", "weights", "time")
-    return _table(head, map(_report_cells, history))
+    return html_table(head, map(_report_cells, history))
 
 
 def _report_cells(report: PassReport) -> list[str]:
@@ -144,7 +144,7 @@ def why_html(why: Why) -> str:
     end = f"<div><small>pattern not found here: {html.escape(', '.join(why.not_found))}</small></div>"
     return (
         f"<div><b>{html.escape(why.place)}</b>{'' if why.passes else ': no pass has run on this graph'}</div>"
-        + (_table(("pass", "what it did here", ""), rows) if rows else "")
+        + (html_table(("pass", "what it did here", ""), rows) if rows else "")
         + (end if why.not_found else "")
     )
 
@@ -203,7 +203,7 @@ def _details(summary: str, lines: Sequence[str]) -> str:
     return f"<details><summary>{html.escape(summary)}</summary>{body}</details>"
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def html_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     top = "".join(f"<th {_LEFT}>{name}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td {_LEFT}>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{top}</tr>{body}</table>"

@@ -87,17 +87,19 @@ def mixing_node(graph: Graph) -> tuple[gs.Node, str] | None:
     sizes = token_counts(graph.surgeon)
     for node in graph.surgeon.nodes:
         body = inlined(graph.surgeon, node)
-        if (reason := mixes_tokens(node, sizes) if body is None else _body_mixes(body)) is not None:
+        if (reason := mixes_tokens(node, sizes) if body is None else _body_mixes(node, body, sizes)) is not None:
             return node, reason
         if any(id(out) in sizes and any(out is t for t in graph.surgeon.outputs) for out in node.outputs):
             return node, "its output has no token axis"
     return None
 
 
-def _body_mixes(body: gs.Graph) -> str | None:
-    """The same question about what a function computes."""
-    sizes = token_counts(body)
-    for node in body.nodes:
-        if (reason := mixes_tokens(node, sizes)) is not None:
-            return f"in its body, {reason} ({node.op})"
-    return None
+def _body_mixes(node: gs.Node, body: gs.Graph, sizes: Collection[int]) -> str | None:
+    """The same question about what a function computes: in it, and of what goes in and comes out."""
+    if any(id(t) in sizes for t in node.inputs):
+        return "it depends on the number of tokens in the step"
+    own = token_counts(body)
+    for inner in body.nodes:
+        if (reason := mixes_tokens(inner, own)) is not None:
+            return f"in its body, {reason} ({inner.op})"
+    return "its output counts tokens" if any(id(t) in own for t in body.outputs) else None

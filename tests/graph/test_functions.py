@@ -52,6 +52,45 @@ class biased:
         return op.Add(x, rows(1, 8))
 
 
+@operator("testlab::counted")
+class counted:
+    """How many rows there are."""
+
+    def shape(self, x):
+        return (1,)
+
+    def reference(self, x):
+        return np.asarray(x.shape[:1], np.float32)
+
+    def onnx(self, op, x):
+        return op.Cast(op.Shape(x, start=0, end=1), to=1)
+
+
+def scaled_by_count() -> Graph:
+    """A declared operator that is given the number of rows."""
+    text = "m (float[T,8] x) => (float[T,8] y) { s = Shape<start=0, end=1>(x) n = Cast<to=1>(s) y = Mul(x, n) }"
+    graph = small_graph(text)
+    tensors = graph.surgeon.tensors()
+    edit = Editor(graph)
+    edit.replace(tensors["y"], scaled.add(edit, "m", [tensors["x"], tensors["n"]])[0])
+    graph.surgeon.cleanup().toposort()
+    return graph
+
+
+@operator("testlab::scaled")
+class scaled:
+    """x · by."""
+
+    def shape(self, x, by):
+        return x
+
+    def reference(self, x, by):
+        return x * by
+
+    def onnx(self, op, x, by):
+        return op.Mul(x, by)
+
+
 def with_node(op: Any, shape: list, *more: gs.Tensor, **attributes: Any) -> Graph:
     """x of `shape` → one node of a declared operator."""
     graph = small_graph("m (float[T,8] x) => (float[T,8] y) { y = Neg(x) }")
@@ -74,7 +113,9 @@ def test_what_keeps_tokens_apart_passes() -> None:
 @pytest.mark.parametrize(
     ("graph", "reason"),
     [
-        (lambda: with_node(running_mean, ["T", 8]), "in its body, its output has no token axis (Shape)"),
+        (lambda: with_node(running_mean, ["T", 8]), "in its body, it works along the token axis (CumSum)"),
+        (lambda: with_node(counted, ["T", 8]), "its output counts tokens"),
+        (lambda: scaled_by_count(), "it depends on the number of tokens in the step"),
         (
             lambda: with_node(times, ["T", 8], gs.Variable("other", np.dtype(np.float32), [8, "T"])),
             "in its body, it multiplies tokens with each other (MatMul)",
