@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.graph import Graph
@@ -50,6 +51,13 @@ def operand(node: gs.Node, index: int) -> gs.Tensor | None:
         return None
     tensor = node.inputs[index]
     return None if isinstance(tensor, gs.Variable) and tensor.is_empty() else tensor
+
+
+def is_bfloat16(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is in bfloat16, which NumPy has no type for: the surgeon keeps ONNX's number of it."""
+    return (
+        tensor.dtype == onnx.TensorProto.BFLOAT16 if isinstance(tensor.dtype, int) else str(tensor.dtype) == "bfloat16"
+    )
 
 
 def other(node: gs.Node, tensor: gs.Tensor) -> gs.Tensor:

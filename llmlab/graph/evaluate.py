@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from llmlab.graph.bounded import BoundedSession, CannotEvaluate
-from llmlab.graph.edit import ancestors
+from llmlab.graph.edit import ancestors, is_bfloat16
 from llmlab.graph.graph import OPSET
 
 __all__ = ["CannotEvaluate", "PositionFunction"]
@@ -70,12 +71,31 @@ def excerpt(nodes: list[gs.Node], tensors: list[gs.Tensor], inputs: list[gs.Vari
         )
         for n in nodes
     ]
+    copies = [part for node in copies for part in _through_float32(node)]
     graph = gs.Graph(copies + tails, inputs, outputs, opset=OPSET).toposort()
     try:
         model = gs.export_onnx(graph, do_type_check=False, ir_version=11).SerializeToString()
     except Exception as problem:  # the surgeon raises whatever an odd attribute makes of it
         raise CannotEvaluate(" ".join(str(problem).split())) from problem
     return BoundedSession(model)
+
+
+def _through_float32(node: gs.Node) -> list[gs.Node]:
+    """The node, or where it computes in bfloat16, which ONNX Runtime's CPU mostly can't, the same in float32 and rounded."""
+    if node.op == "Cast" or not any(is_bfloat16(t) for t in (*node.inputs, *node.outputs)):
+        return [node]
+    inputs, outputs = list(node.inputs), list(node.outputs)
+    casts = []
+    for side, target in ((inputs, onnx.TensorProto.FLOAT), (outputs, onnx.TensorProto.BFLOAT16)):
+        for i, tensor in enumerate(side):
+            if is_bfloat16(tensor):
+                wide = side[i] = gs.Variable(f"{node.name}/{tensor.name}/{i}/{target}", np.dtype(np.float32))
+                ends = ([tensor], [wide]) if side is inputs else ([wide], [tensor])
+                casts.append(gs.Node("Cast", f"{wide.name}/Cast", {"to": target}, *ends))
+    attrs, name, domain = dict(node.attrs), node.name, node.domain
+    node.inputs.clear()
+    node.outputs.clear()
+    return [*casts, gs.Node(node.op, name, attrs, inputs, outputs, domain=domain)]
 
 
 def _stand_in(tensor: gs.Tensor, by_name: dict[str, gs.Tensor]) -> gs.Tensor:

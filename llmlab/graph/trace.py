@@ -39,7 +39,7 @@ def trace(model: torch.nn.Module, weights: Mapping[str, StoredWeight], longest: 
     positions = torch.arange(7).expand(2, 7)
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=max(longest - 1, ids.shape[1]))
     try:
-        with quiet(), torch.no_grad(), _experts_as_operators(model):
+        with quiet(), torch.no_grad(), _experts_as_operators(model), _one_head_for_all():
             program = torch.export.export(
                 wrapper, (ids, positions), dynamic_shapes=({0: batch, 1: sequence},) * 2, strict=False
             )
@@ -71,6 +71,25 @@ def _experts_as_operators(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.set_experts_implementation(before)
+
+
+@contextlib.contextmanager
+def _one_head_for_all() -> Iterator[None]:
+    """SDPA broadcasts one KV head to all query heads; torch's ONNX exporter wants to see them as many."""
+    from torch.nn import functional
+
+    attend = functional.scaled_dot_product_attention
+
+    def expanded(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:
+        if key.ndim == 4 and key.shape[1] == 1 != query.shape[1]:
+            key, value = (t.expand(-1, query.shape[1], -1, -1) for t in (key, value))
+        return attend(query, key, value, *args, **options)
+
+    functional.scaled_dot_product_attention = expanded
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = attend
 
 
 def reason(problem: BaseException) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.edit import Editor, inline_constants
+from llmlab.graph.edit import Editor, inline_constants, is_bfloat16
 from llmlab.graph.rewrite import Match, Pass
 
 _LARGE = 1 << 17  # bytes
@@ -31,14 +31,18 @@ class FoldConstants(Pass):
         edit.surgeon.toposort().fold_constants(
             fold_shapes=False,
             size_threshold=_LARGE,
-            should_exclude_node=_reads_weight,
+            should_exclude_node=_stays,
             error_ok=False,
             recurse_functions=False,
         )
 
 
 def _all_constant(node: gs.Node) -> bool:
-    return all(isinstance(t, gs.Constant) for t in node.inputs) and not _reads_weight(node)
+    return all(isinstance(t, gs.Constant) for t in node.inputs) and not _stays(node)
+
+
+def _stays(node: gs.Node) -> bool:
+    return _reads_weight(node) or any(is_bfloat16(t) for t in (*node.inputs, *node.outputs))
 
 
 def _known_size(node: gs.Node) -> list[int] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.edit import Editor, producer, scope
+from llmlab.graph.edit import Dim, Editor, producer, scope
 from llmlab.graph.rewrite import Match, Pass
 
 
@@ -37,9 +37,9 @@ class RemoveGQAExpansion(Pass):
 
 @dataclass
 class _Expansion:
-    """Reshape(Expand(x)), and what is done to each head alike behind it, in order."""
+    """Reshape(Expand(x)), or Expand(x) of one head, and what is done to each head alike behind it, in order."""
 
-    reshape: gs.Node
+    reshape: gs.Node | None
     expand: gs.Node
     behind: list[gs.Node]
     heads: int = 0
@@ -50,7 +50,11 @@ class _Expansion:
         return 1 + sum(n.op == "Transpose" for n in self.behind) % 2
 
     def check(self) -> str | None:
-        narrow, wide, out = self.expand.inputs[0].shape, self.expand.outputs[0].shape, self.reshape.outputs[0].shape
+        narrow, wide = self.expand.inputs[0].shape, self.expand.outputs[0].shape
+        if self.reshape is None:
+            self.heads = 1
+            return None if _repeats_one_head(narrow, wide, self.axis) else f"{narrow} is expanded to {wide}"
+        out = self.reshape.outputs[0].shape
         if narrow is None or wide is None or out is None or len(narrow) != 5 or len(wide) != 5 or len(out) != 4:
             return "the shapes around the expansion are not known"
         at, heads = self.axis, narrow[self.axis]
@@ -68,8 +72,10 @@ class _Expansion:
         """The tensor as it is before heads are repeated."""
         x, at, where = self.expand.inputs[0], self.axis + 1, scope(self.expand)
         unsqueeze = producer(x, "Unsqueeze")
-        shape = [d for i, d in enumerate(x.shape or ()) if i != at]
-        if unsqueeze is not None and list(unsqueeze.inputs[0].shape or ()) == shape:
+        shape = [d for i, d in enumerate(x.shape or ()) if i != at or self.reshape is None]
+        if self.reshape is None:
+            tensor = x
+        elif unsqueeze is not None and list(unsqueeze.inputs[0].shape or ()) == shape:
             tensor = unsqueeze.inputs[0]
         else:
             axis = edit.constant(f"{where}/group", np.array([at], np.int64))
@@ -89,5 +95,15 @@ def _find(tensor: gs.Tensor) -> _Expansion | None:
             break
         behind.insert(0, node)
         tensor = node.inputs[0]
-    expand = producer(node.inputs[0], "Expand") if node is not None and node.op == "Reshape" else None
-    return None if node is None or expand is None else _Expansion(node, expand, behind)
+    if node is None or node.op not in ("Expand", "Reshape"):
+        return None
+    if node.op == "Expand":
+        return _Expansion(None, node, behind)
+    expand = producer(node.inputs[0], "Expand")
+    return None if expand is None else _Expansion(node, expand, behind)
+
+
+def _repeats_one_head(narrow: list[Dim] | None, wide: list[Dim] | None, axis: int) -> bool:
+    if narrow is None or wide is None or len(narrow) != 4 or len(wide) != 4 or not isinstance(wide[axis], int):
+        return False
+    return narrow[axis] == 1 and all(n == w for i, (n, w) in enumerate(zip(narrow, wide, strict=True)) if i != axis)

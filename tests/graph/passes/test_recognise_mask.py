@@ -164,6 +164,15 @@ def test_alibi_in_bfloat16_is_not_linear() -> None:
     assert "not linear" in str(classify(mask, max_length=300).reason)
 
 
+def test_a_bias_computed_in_bfloat16_is_evaluated() -> None:
+    """ONNX Runtime's CPU multiplies no bfloat16, and NumPy has no such type: constants in it are left as nodes."""
+    low = "narrow = Cast<to=16>(slopes) at = Cast<to=16>(key) f0 = Mul(narrow, at) f = Cast<to=1>(f0)"
+    before = graph(f"{ADDITIVE} {low} hide = Where(causal, zero, low) mask = Add(f, hide)", slopes=SLOPES * 0 + 0.25)
+    after, report = apply(RecogniseMask, before)
+    node = next(n for n in after.surgeon.nodes if n.op == "Attention")
+    assert report.rewrites == 1 and list(node.inputs[ALIBI_SLOPES].values) == [0.25, 0.25]
+
+
 def test_a_mask_beside_is_causal_is_refused() -> None:
     before = graph("mask = Identity(causal)", "a = Attention<is_causal=1>(q, k, v, mask)")
     assert refused(RecogniseMask, before) == "both a mask and is_causal are given"

@@ -113,3 +113,20 @@ def test_an_expansion_under_rope_goes() -> None:
     assert [t.shape for t in after.surgeon.nodes[-1].inputs[1:3]] == [["B", 2, "S", 4]] * 2
     feeds = {"q": rows(2, 6, 5, 4), "k": rows(2, 5, 2, 1, 4, seed=1), "v": rows(2, 5, 2, 1, 4, seed=2)}
     same(before, after, feeds | {"p": np.tile(np.arange(5), (2, 1))})
+
+
+def test_one_head_for_all_is_not_repeated() -> None:
+    text = """m (float[B,6,S,4] q, float[B,1,S,4] k, float[B,1,S,4] v) => (float[B,6,S,4] y) {
+        wide = Shape(q)
+        k2 = Expand(k, wide)
+        v2 = Expand(v, wide)
+        y = Attention<is_causal=1>(q, k2, v2)
+    }"""
+    before = small_graph(text)
+    for name in ("k2", "v2"):
+        before.surgeon.tensors()[name].shape = ["B", 6, "S", 4]
+    after, report = apply(RemoveGQAExpansion, before)
+    assert report.rewrites == 1 and ops(after) == {"Attention": 1}
+    same(before, after, {"q": rows(2, 6, 5, 4), "k": rows(2, 1, 5, 4, seed=1), "v": rows(2, 1, 5, 4, seed=2)})
+    before.surgeon.tensors()["k2"].shape = ["B", 6, "S", 8]
+    assert "is expanded to" in refused(RemoveGQAExpansion, before)
