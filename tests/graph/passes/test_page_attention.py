@@ -15,6 +15,7 @@ from llmlab.graph.optimize import optimize
 from llmlab.graph.passes.pack_tokens import PackTokens
 from llmlab.graph.passes.page_attention import PageAttention
 from llmlab.graph.passes.recognise_mask import WINDOW
+from llmlab.graph.rows import mixing_node
 
 COS, SIN = (f(np.outer(np.arange(64), [1.0, 0.1])).astype(np.float32) for f in (np.cos, np.sin))
 ROPE = "rq = RotaryEmbedding(q, cos, sin, {0}) rk = RotaryEmbedding(k, cos, sin, {0}) a = Attention<is_causal=1>(rq, rk, v)"
@@ -87,12 +88,42 @@ def test_rope_moves_into_the_node(interleaved: int) -> None:
     equal(before, after)
 
 
+@pytest.mark.parametrize("interleaved", [0, 1])
+def test_partial_rope_moves_into_the_node(interleaved: int) -> None:
+    line = (
+        ROPE.format("position_ids")
+        .replace("RotaryEmbedding(", f"RotaryEmbedding<rotary_embedding_dim=2, interleaved={interleaved}>(")
+        .replace("cos", "cos1")
+        .replace("sin", "sin1")
+    )
+    before = attention_graph(line, cos1=COS[:, :1], sin1=SIN[:, :1])
+    after, node = paged(before)
+    assert node.inputs[8].shape == (64, 1) and not any(n.op == "RotaryEmbedding" for n in after.surgeon.nodes)
+    equal(before, after)
+
+
+@pytest.mark.parametrize(("picked", "width"), [([0, 1, 2], 4), ([0, 1, 2, 3, 1, 0], 6)], ids=["narrower", "wider"])
+def test_values_may_have_heads_of_another_size(picked: list[int], width: int) -> None:
+    """The smaller ones are filled up with zeros, the result is cut; RoPE turns the channels that it turned before."""
+    lines = f"some = Constant<value_ints={picked}>() v_ = Gather<axis=3>(v, some) " + ROPE.format("position_ids")
+    lines = lines.replace("(rq, rk, v)", "(rq, rk, v_)").replace("a = ", "a_ = ")
+    back = " back = Constant<value_ints=[0, 1, 2, 2]>() a = Gather<axis=3>(a_, back)"
+    before = attention_graph(lines + back, cos=COS, sin=SIN)
+    after, node = paged(before)
+    assert node.attrs["head_dim"] == width and node.attrs["scale"] == pytest.approx(0.5)
+    assert mixing_node(after) is None
+    equal(before, after)
+
+
 OUTSIDE = {
     "other positions": "one_ = Constant<value_int=1>() p = Add(position_ids, one_) " + ROPE.format("p"),
-    "part of the head": ROPE.format("position_ids")
-    .replace("RotaryEmbedding(", "RotaryEmbedding<rotary_embedding_dim=2>(")
-    .replace("cos", "cos1")
-    .replace("sin", "sin1"),
+    "parts of the head": (
+        "rq = RotaryEmbedding<rotary_embedding_dim=2>(q, cos1, sin1, position_ids) "
+        "rk = RotaryEmbedding(k, cos, sin, position_ids) a = Attention<is_causal=1>(rq, rk, v)"
+    ),
+    "in two orders": ROPE.format("position_ids").replace(
+        "rq = RotaryEmbedding(", "rq = RotaryEmbedding<interleaved=1>("
+    ),
     "q alone": "rq = RotaryEmbedding(q, cos, sin, position_ids) a = Attention<is_causal=1>(rq, k, v)",
     "tables by row": "c = Gather(cos, position_ids) s = Gather(sin, position_ids) rq = RotaryEmbedding(q, c, s) rk = RotaryEmbedding(k, c, s) a = Attention<is_causal=1>(rq, rk, v)",
     "two tables": "rq = RotaryEmbedding(q, cos, sin, position_ids) rk = RotaryEmbedding(k, sin, cos, position_ids) a = Attention<is_causal=1>(rq, rk, v)",
