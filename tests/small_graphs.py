@@ -50,6 +50,20 @@ ATTENTION = """model (int64[batch,sequence] input_ids, int64[batch,sequence] pos
     logits = MatMul(y, th)
 }}"""
 
+# What a mask is made of: each query's and each key's place, and which keys lie before a query.
+POSITIONS = """
+    n = Shape<start=1, end=2>(input_ids)
+    n0 = Squeeze(n)
+    i0 = Constant<value_int=0>()
+    i1 = Constant<value_int=1>()
+    row = Range(i0, n0, i1)
+    ax1 = Constant<value_ints=[1]>()
+    ax0 = Constant<value_ints=[0]>()
+    query = Unsqueeze(row, ax1)
+    key = Unsqueeze(row, ax0)
+    causal = LessOrEqual(key, query)
+"""
+
 
 def weights(seed: int = 0, **shapes: tuple[int, ...]) -> dict[str, NDArray[np.float32]]:
     rng = np.random.default_rng(seed)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
-from small_graphs import apply, attention_graph, ops, padded_tokens, refused, rows, run, same, small_graph
+from small_graphs import POSITIONS, apply, attention_graph, ops, padded_tokens, refused, rows, run, same, small_graph
 
 from llmlab.graph.graph import Graph
 from llmlab.graph.interpret import Interpreter
@@ -13,24 +13,17 @@ from llmlab.graph.passes.pack_tokens import PackTokens
 from llmlab.graph.passes.page_attention import PageAttention
 from llmlab.graph.passes.recognise_mask import ALIBI_SLOPES, RecogniseMask
 
-SIZES = """
-    n = Shape<start=1, end=2>(input_ids)
+SIZES = (
+    POSITIONS
+    + """
     b = Shape<start=0, end=1>(input_ids)
-    n0 = Squeeze(n)
-    i0 = Constant<value_int=0>()
-    i1 = Constant<value_int=1>()
-    row = Range(i0, n0, i1)
-    ax1 = Constant<value_ints=[1]>()
-    ax0 = Constant<value_ints=[0]>()
-    query = Unsqueeze(row, ax1)
-    key = Unsqueeze(row, ax0)
-    causal = LessOrEqual(key, query)
     zero = Constant<value_float=0.0>()
     low = Constant<value_float=-1e30>()
     c = Constant<value_float=0.6>()
     d = Constant<value_float=2.5>()
     mask = Where(causal, zero, low)
 """
+)
 TURN = "kt = Transpose<perm=[0,1,3,2]>(k)"
 END = "p = Softmax<axis=-1>(s) a = MatMul(p, v)"
 # [batch · heads, sequence, head_dim], as baddbmm wants it; both have two heads then.

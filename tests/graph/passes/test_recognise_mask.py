@@ -2,23 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from small_graphs import apply, attention_graph, ops, padded_tokens, refused, run, same
+from small_graphs import POSITIONS, apply, attention_graph, ops, padded_tokens, refused, run, same
 
 from llmlab.graph.masks import classify
 from llmlab.graph.passes.recognise_mask import ALIBI_SLOPES, WINDOW, RecogniseMask
 
-POSITIONS = """
-    n = Shape<start=1, end=2>(input_ids)
-    n0 = Squeeze(n)
-    i0 = Constant<value_int=0>()
-    i1 = Constant<value_int=1>()
-    row = Range(i0, n0, i1)
-    ax1 = Constant<value_ints=[1]>()
-    ax0 = Constant<value_ints=[0]>()
-    query = Unsqueeze(row, ax1)
-    key = Unsqueeze(row, ax0)
-    causal = LessOrEqual(key, query)
-"""
 ADDITIVE = """
     zero = Constant<value_float=0.0>()
     low = Constant<value_float=-1e38>()
