@@ -109,6 +109,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family({"model_type": "gpt_neox"}, "partial RoPE, parallel residual, QKV fused head by head"),
     "falcon": Family({"model_type": "falcon", "multi_query": True}, "MQA, parallel residual"),
+    "falcon (ALiBi)": Family({"model_type": "falcon", "alibi": True}, "one KV head, ALiBi in bfloat16"),
     "falcon (grouped)": Family(
         {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
         "GQA, two norms",
