@@ -127,6 +127,18 @@ FAMILIES: dict[str, Family] = {
     "bloom": Family({"model_type": "bloom", "n_layer": 2, "n_head": 4}, "ALiBi, embeddings normed"),
     "stablelm": Family({"model_type": "stablelm"}, "partial RoPE, LayerNorm, SwiGLU"),
     "olmo2": Family({"model_type": "olmo2"}, "norms behind attention and MLP, q and k normed before heads"),
+    "granite": Family(
+        {
+            "model_type": "granite",
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+        },
+        "multipliers on embeddings, attention, residual and logits",
+    ),
+    "smollm3": Family({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "layers without RoPE"),
+    "starcoder2": Family({"model_type": "starcoder2", "sliding_window": 6}, "LayerNorm, biases, sliding window"),
     "cohere": Family(
         {"model_type": "cohere", "logit_scale": 0.5, "use_qk_norm": True},
         "interleaved RoPE, parallel residual, logits scaled",
