@@ -83,8 +83,7 @@ plot(
 # ## Does the body compute what the reference says?
 #
 # That is what `check` asks, on examples of yours: the body runs in ONNX Runtime, and its values, shapes and types are held
-# against the reference and the shape rule. It returns the largest difference. In float16 too: the constant in the body takes
-# the type of what it meets.
+# against the reference and the shape rule. It returns the largest difference.
 
 # %%
 examples = [x, x.reshape(5, 29), x[:0]]
