@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llmlab.errors import CheckpointError
+from llmlab.errors import CheckpointError, InputError
 
 # Other names that configs of older families use for the same field.
 _ALIASES = {
@@ -69,6 +69,19 @@ class ModelConfig:
             eos_token_ids=token_ids(raw.get("eos_token_id"), f"{where}: eos_token_id"),
             raw=dict(raw),
         )
+
+    def limited(self, max_seq_len: int | None) -> ModelConfig:
+        """The same model for sequences of up to `max_seq_len` tokens (None: as it is). Raises InputError where it can't be."""
+        if max_seq_len is None:
+            return self
+        if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 1:
+            raise InputError(f"max_seq_len is {max_seq_len!r}, expected a positive number of tokens")
+        if max_seq_len > self.max_position_embeddings:
+            raise InputError(
+                f"max_seq_len is {max_seq_len}, but the model takes sequences of up to {self.max_position_embeddings} tokens"
+            )
+        raw = {**self.raw, "max_position_embeddings": max_seq_len}
+        return replace(self, max_position_embeddings=max_seq_len, raw=raw)
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json it came from (what `from_hf` reads)."""

@@ -11,7 +11,7 @@ from llmlab.graph.bounded import BoundedSession, CannotEvaluate
 from llmlab.graph.edit import ancestors, is_bfloat16
 from llmlab.graph.graph import OPSET
 
-__all__ = ["CannotEvaluate", "PositionFunction"]
+__all__ = ["CannotEvaluate", "Excerpt", "PositionFunction"]
 
 INT64 = np.dtype(np.int64)
 
@@ -37,17 +37,48 @@ class PositionFunction:
         """None where the tensors depend on positions and sizes alone, else what else they depend on."""
         if foreign := self.sources - {"input_ids", "position_ids"}:
             return f"depends on {', '.join(sorted(foreign))}"
-        for node in self.nodes:
-            if node.op != "Shape" and any(t.name == "input_ids" for t in node.inputs):
-                return f"depends on the tokens themselves ({node.name})"
+        pending, seen = list(self.tensors), set()
+        while pending:  # what is only asked for its shape is not read
+            for node in pending.pop().inputs:
+                if id(node) in seen or node.op in ("Shape", "Size"):
+                    continue
+                seen.add(id(node))
+                if any(t.name == "input_ids" and not t.inputs for t in node.inputs):
+                    return f"depends on the tokens themselves ({node.name})"
+                pending.extend(node.inputs)
         return None
 
     def __call__(self, position_ids: NDArray[np.int64]) -> list[np.ndarray]:
-        """Evaluate at `position_ids` [batch, sequence]; `input_ids` are zeros of that shape. Raises CannotEvaluate."""
+        """Evaluate at `position_ids` [batch, sequence], or [T] of a packed graph; `input_ids` are zeros of that shape.
+
+        Raises CannotEvaluate.
+        """
         if self._session is None:
-            inputs = [gs.Variable(n, INT64, ["batch", "sequence"]) for n in sorted(self.sources)]
+            inputs = [gs.Variable(n, INT64) for n in sorted(self.sources)]
             self._session = excerpt(self.nodes, self.tensors, inputs)
         return self._session.run({"position_ids": position_ids, "input_ids": np.zeros_like(position_ids)})
+
+
+class Excerpt:
+    """What a graph computes of `outputs` from `inputs` (and constants), as one function that can be called."""
+
+    def __init__(self, inputs: list[gs.Tensor], outputs: list[gs.Tensor]) -> None:
+        self._names = [t.name for t in inputs]
+        given, nodes, pending = {id(t) for t in inputs}, {}, list(outputs)
+        while pending:
+            tensor = pending.pop()
+            if id(tensor) not in given and tensor.inputs and id(tensor.inputs[0]) not in nodes:
+                nodes[id(tensor.inputs[0])] = tensor.inputs[0]
+                pending.extend(tensor.inputs[0].inputs)
+        self._nodes, self._outputs = list(nodes.values()), outputs
+        self._inputs = [gs.Variable(t.name, t.dtype or np.dtype(np.float32)) for t in inputs]
+        self._session: BoundedSession | None = None
+
+    def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """The outputs, given an array for each input. Raises CannotEvaluate."""
+        if self._session is None:
+            self._session = excerpt(self._nodes, self._outputs, self._inputs)
+        return self._session.run(dict(zip(self._names, arrays, strict=True)))
 
 
 def excerpt(nodes: list[gs.Node], tensors: list[gs.Tensor], inputs: list[gs.Variable]) -> BoundedSession:

@@ -14,6 +14,7 @@ from llmlab.files import read_json
 from llmlab.graph.from_onnx import ONNX_SUFFIX, open_onnx
 from llmlab.graph.graph import Graph
 from llmlab.graph.nemo.checkpoint import NemoCheckpoint, is_nemo
+from llmlab.graph.rope_config import freeze_rope, rope_limit
 from llmlab.graph.trace import quiet, reason, trace
 from llmlab.graph.weights import locate_weights
 
@@ -28,6 +29,7 @@ def export(
     config: Mapping[str, Any] | ModelConfig | str | Path | None = None,
     tokenizer: str | Path | None = None,
     trust_remote_code: bool = False,
+    max_seq_len: int | None = None,
 ) -> Graph:
     """Export a model to a plain ONNX graph (opset 23, float32) with inputs `input_ids`, `position_ids` i64 [batch, sequence].
 
@@ -40,6 +42,10 @@ def export(
     tokenizer: for a torch module, what brings its tokenizer files: a folder, a hub id or a model that ships. Without
         one, the engine works on token ids alone.
     trust_remote_code: run modelling code that the checkpoint brings. Off: such a checkpoint is refused.
+    max_seq_len: longest sequence that the graph is for, in tokens; None for the longest that the model takes. Models
+        with longrope (phi3) have two sets of frequencies, one for sequences up to `original_max_position_embeddings` and
+        one for longer ones, and a cache of keys can't change between them: None, or anything up to that length, takes the
+        short set and limits the graph to that length; more takes the long set for every position.
 
     Weights keep their checkpoint names (a NeMo archive's get those of the Hugging Face model that computes the same) and
     stay where they are: memory maps into the files, in the type they are stored in, with a Cast to float32 behind those
@@ -52,7 +58,7 @@ def export(
     torch = require("torch", "export")
     require("onnxscript", "export")
     if isinstance(source, torch.nn.Module):
-        model_config = _module_config(source, config)
+        model_config = _module_config(source, config).limited(max_seq_len)
         assets = {} if tokenizer is None else _tokenizer_files(tokenizer)
         return Graph(trace(source.eval(), {}, model_config.max_position_embeddings), model_config, assets)
     if config is not None:
@@ -65,7 +71,10 @@ def export(
         )
     path = Path(source).expanduser()
     with closing(NemoCheckpoint(path) if is_nemo(path) else Checkpoint(resolve(source))) as checkpoint:
-        return Graph(_trace_checkpoint(checkpoint, trust_remote_code), checkpoint.config, checkpoint.assets)
+        limited = checkpoint.config.limited(max_seq_len)
+        limited = limited.limited(rope_limit(limited.raw, max_seq_len))
+        surgeon = _trace_checkpoint(checkpoint, trust_remote_code, limited.max_position_embeddings)
+        return Graph(surgeon, limited, checkpoint.assets)
 
 
 def _tokenizer_files(source: str | Path) -> dict[str, bytes]:
@@ -88,13 +97,13 @@ def _module_config(module: torch.nn.Module, config: Mapping[str, Any] | ModelCon
     return ModelConfig.from_hf(config)
 
 
-def _trace_checkpoint(checkpoint: Checkpoint, trust_remote_code: bool) -> gs.Graph:
+def _trace_checkpoint(checkpoint: Checkpoint, trust_remote_code: bool, longest: int) -> gs.Graph:
     """A checkpoint's graph, its attention as one call if the model and torch's exporter know it so, else in primitives."""
     _refuse_unreadable(checkpoint, trust_remote_code)
     for attention in ("sdpa", "eager"):
         try:
-            model = _empty_model(checkpoint, trust_remote_code, attention)
-            return trace(model, locate_weights(model, checkpoint), checkpoint.config.max_position_embeddings)
+            model = _empty_model(checkpoint, trust_remote_code, attention, longest)
+            return trace(model, locate_weights(model, checkpoint), longest)
         except UnsupportedModelError as problem:
             refusal = problem
     raise refusal
@@ -114,7 +123,7 @@ def _refuse_unreadable(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
         )
 
 
-def _empty_model(checkpoint: Checkpoint, trust_remote_code: bool, attention: str) -> torch.nn.Module:
+def _empty_model(checkpoint: Checkpoint, trust_remote_code: bool, attention: str, longest: int) -> torch.nn.Module:
     """The transformers model of a checkpoint, its parameters allocated but never written: no memory is committed."""
     torch = require("torch", "export")
     transformers = require("transformers", "export")
@@ -126,6 +135,7 @@ def _empty_model(checkpoint: Checkpoint, trust_remote_code: bool, attention: str
                 config = transformers.AutoConfig.for_model(**checkpoint.config.raw)
             else:
                 config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+            freeze_rope(config, longest)
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
             )

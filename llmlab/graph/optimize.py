@@ -46,6 +46,7 @@ PASSES: tuple[Callable[[], Pass], ...] = (
     FuseRMSNorm,
     FuseActivation,
     FuseRoPE,
+    RemoveNoOps,
     FuseAttention,
     ShareCommon,
     RemoveGQAExpansion,

@@ -1,119 +1,132 @@
-"""Rotary position embedding from its primitives, whatever frequencies it uses."""
+"""Rotary position embedding from its primitives, whatever frequencies it uses and however it is written."""
 
 from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.edit import Editor, ints, operand, other, producer, scope
-from llmlab.graph.evaluate import CannotEvaluate, PositionFunction
+from llmlab.graph.edit import Editor, scope
+from llmlab.graph.positions import depends_on_positions
 from llmlab.graph.rewrite import Match, Pass
+from llmlab.graph.rotation import MOVES, Region, Rotation, enclose, identify
+
+_FARTHEST = 24  # tensors behind the first product with cos or sin
 
 
 class FuseRoPE(Pass):
-    """x · cos + rotate_half(x) · sin → RotaryEmbedding with tables (Su et al., 2021).
+    """Primitives that turn pairs of channels by a token's position → RotaryEmbedding with tables (Su et al., 2021).
 
-    cos and sin are recognised by evaluating them: any function of the position alone becomes a table, so scaled
-    frequencies (llama3, linear, yarn) need no case of their own.
+    The rotation is recognised by calling what lies between a head and its turned self with every channel in turn:
+    halves or neighbours as pairs, the whole head or its first channels, any layout and spelling. cos and sin may be
+    any function of the position alone, so scaled frequencies (llama3, linear, yarn, longrope) need no case of their own.
     """
 
     name = "fuse_rope"
 
     def __init__(self) -> None:
-        self._tables: dict[tuple[str, str], tuple[gs.Constant, gs.Constant] | str] = {}
+        self._known: dict[Hashable, Rotation | str] = {}
+        self._tables: dict[int, tuple[gs.Constant, gs.Constant]] = {}
 
-    def pattern(self, node: gs.Node) -> Match | None:
-        if node.op != "Add":
-            return None
-        plain, turned = (producer(t, "Mul") for t in node.inputs)
-        if plain is None or turned is None:
-            return None
-        for a, b in ((plain, turned), (turned, plain)):
-            for rotated in b.inputs:
-                if (x := _rotate_half(rotated)) is not None and any(t is x for t in a.inputs):
-                    return Match(node=node, x=x, cos=other(a, x), sin=other(b, rotated))
-        return None
+    def find(self, edit: Editor) -> Iterator[Match]:
+        nodes = list(edit.surgeon.nodes)
+        order = {id(n): i for i, n in enumerate(nodes)}
+        positional = depends_on_positions(edit.surgeon)
+        inside: set[int] = set()
+        for node in nodes:
+            if id(node) in inside or not node.outputs or not _meets_positions(node, positional) or _is_table(node):
+                continue
+            best: Match | None = None
+            for y in _behind(node, order, positional):
+                region = enclose(y, order, positional)
+                if region is None or (tokens := _token_axis(edit, region)) is None:
+                    continue
+                key = region.signature()
+                if key not in self._known:
+                    self._known[key] = identify(region, tokens, edit.graph.config.max_position_embeddings)
+                found = self._known[key]
+                match = Match(node=y.inputs[0], region=region, tokens=tokens, found=found)
+                if isinstance(found, Rotation):
+                    best = match
+                    break
+                best = match if best is None else best
+            if best is not None:
+                inside |= {id(n) for n in best.region.nodes}
+                yield best
 
     def check(self, edit: Editor, match: Match) -> str | None:
-        shape = match.x.shape
-        if shape is None or len(shape) != 4 or not isinstance(shape[-1], int):
-            return f"x has shape {shape}, expected [batch, heads, sequence, head_dim]"
-        key = (match.cos.name, match.sin.name)
-        if key not in self._tables:
-            self._tables[key] = self._tabulate(edit, match, shape[-1])
-        tables = self._tables[key]
-        if isinstance(tables, str):
-            return tables
-        match.cos_cache, match.sin_cache = tables
-        return None
+        return None if isinstance(match.found, Rotation) else match.found
 
     def rewrite(self, edit: Editor, match: Match) -> None:
+        region: Region = match.region
+        rotation: Rotation = match.found
         positions = next(t for t in edit.surgeon.inputs if t.name == "position_ids")
+        if id(rotation) not in self._tables:
+            self._tables[id(rotation)] = self._constants(edit, rotation)
+        x, where, dtype = region.x, scope(match.node), region.x.dtype or np.dtype(np.float32)
+        shape = list(x.shape or ())
+        attrs: dict[str, int] = {"interleaved": int(rotation.interleaved)}
+        if rotation.width < shape[-1]:
+            attrs["rotary_embedding_dim"] = rotation.width
+        turn, by_head = {"perm": [0, 2, 1, 3]}, [shape[0], shape[2], shape[1], shape[3]]
+        if match.tokens == 1:
+            x = edit.add("Transpose", where, [x], turn, dtype=dtype, shape=by_head)
         fused = edit.add(
-            "RotaryEmbedding",
-            scope(match.node),
-            [match.x, match.cos_cache, match.sin_cache, positions],
-            {"interleaved": 0},
-            dtype=match.x.dtype or np.dtype(np.float32),
-            shape=match.x.shape,
+            "RotaryEmbedding", where, [x, *self._tables[id(rotation)], positions], attrs, dtype=dtype, shape=x.shape
         )
-        edit.replace(match.node.outputs[0], fused)
+        if match.tokens == 1:
+            fused = edit.add("Transpose", where, [fused], turn, dtype=dtype, shape=shape)
+        edit.replace(region.y, fused)
 
-    def _tabulate(self, edit: Editor, match: Match, width: int) -> tuple[gs.Constant, gs.Constant] | str:
-        """cos and sin tables [max_position, width/2], or the reason why there are none."""
-        function = PositionFunction([match.cos, match.sin])
-        if (reason := function.dependence()) is not None:
-            return f"cos or sin {reason}"
-        length = edit.graph.config.max_position_embeddings
-        every, probe = np.arange(length)[None], np.random.default_rng(0).integers(0, length, (2, 5))
-        try:
-            (cos, sin), probed = function(every), function(probe)
-        except CannotEvaluate as problem:
-            return f"cos or sin can't be evaluated ({problem})"
-        if cos.shape != (1, 1, length, width) or sin.shape != cos.shape:
-            return f"cos has shape {list(cos.shape)} for {length} positions, expected [1, 1, {length}, {width}]"
-        half = width // 2
-        if not (np.array_equal(cos[..., :half], cos[..., half:]) and np.array_equal(sin[..., :half], sin[..., half:])):
-            return "the two halves of cos or sin differ"
-        for table, seen in zip((cos, sin), probed, strict=True):
-            if not np.array_equal(seen[:, 0], table[0, 0][probe]):
-                return "cos or sin depend on more than a token's own position, such as the sequence's length"
-        return (
-            edit.constant("rope.cos", np.ascontiguousarray(cos[0, 0, :, :half])),
-            edit.constant("rope.sin", np.ascontiguousarray(sin[0, 0, :, :half])),
-        )
+    def _constants(self, edit: Editor, rotation: Rotation) -> tuple[gs.Constant, gs.Constant]:
+        """The tables as constants; rotations with the same tables share them."""
+        for other in self._known.values():
+            if isinstance(other, Rotation) and id(other) in self._tables and _same_tables(other, rotation):
+                return self._tables[id(other)]
+        return edit.constant("rope.cos", rotation.cos), edit.constant("rope.sin", rotation.sin)
 
 
-def _rotate_half(tensor: gs.Tensor) -> gs.Tensor | None:
-    """x where `tensor` is concat(-x[half:], x[:half]) over the last axis, else None."""
-    concat = producer(tensor, "Concat")
-    if concat is None or len(concat.inputs) != 2:
-        return None
-    negated = producer(concat.inputs[0], "Neg")
-    second = producer(negated.inputs[0], "Slice") if negated is not None else None
-    first = producer(concat.inputs[1], "Slice")
-    if first is None or second is None or first.inputs[0] is not second.inputs[0]:
-        return None
-    x = first.inputs[0]
-    if not x.shape or not isinstance(x.shape[-1], int) or x.shape[-1] % 2:
-        return None
-    rank, half = len(x.shape), x.shape[-1] // 2
-    if concat.attrs.get("axis") not in (-1, rank - 1):
-        return None
-    if (
-        _range(first, rank) != (0, half)
-        or (lo_hi := _range(second, rank)) is None
-        or lo_hi[0] != half
-        or lo_hi[1] < 2 * half
-    ):
-        return None
-    return x
+def _same_tables(a: Rotation, b: Rotation) -> bool:
+    return np.array_equal(a.cos, b.cos) and np.array_equal(a.sin, b.sin)
 
 
-def _range(node: gs.Node, rank: int) -> tuple[int, int] | None:
-    """(start, end) of a Slice over the last axis with step 1, else None."""
-    parts = [ints(operand(node, i)) for i in (1, 2, 3)]
-    if any(p is None or len(p) != 1 for p in parts) or ints(operand(node, 4)) not in (None, [1]):
+def _meets_positions(node: gs.Node, positional: dict[int, bool]) -> bool:
+    """Whether a head may meet cos or sin here."""
+    kinds = [positional.get(id(t)) for t in node.inputs]
+    return node.op in ("Mul", "RotaryEmbedding") and False in kinds and True in kinds
+
+
+def _is_table(node: gs.Node) -> bool:
+    """Whether a RotaryEmbedding has its tables and the graph's own positions already."""
+    if node.op != "RotaryEmbedding" or len(node.inputs) != 4 or len(node.inputs[0].shape or ()) != 4:
+        return False
+    return all(isinstance(t, gs.Constant) for t in node.inputs[1:3]) and node.inputs[3].name == "position_ids"
+
+
+def _behind(node: gs.Node, order: dict[int, int], positional: dict[int, bool]) -> list[gs.Tensor]:
+    """Tensors that such nodes alone make of this one's result, the farthest first."""
+    found: dict[int, gs.Tensor] = {}
+    pending = list(node.outputs)
+    while pending and len(found) < _FARTHEST:
+        tensor = pending.pop(0)
+        if id(tensor) in found:
+            continue
+        found[id(tensor)] = tensor
+        pending += [
+            t for reader in tensor.outputs if reader.op in MOVES and id(reader) in order for t in reader.outputs
+        ]
+    return sorted(found.values(), key=lambda t: -order[id(t.inputs[0])])
+
+
+def _token_axis(edit: Editor, region: Region) -> int | None:
+    """The axis of x [batch, heads, sequence, dim] or [batch, sequence, heads, dim] that counts tokens, if y is alike."""
+    ids = next((t for t in edit.surgeon.inputs if t.name == "input_ids"), None)
+    ids = ids or next((t for t in edit.surgeon.inputs if t.name == "position_ids"), None)
+    shape = region.x.shape
+    if ids is None or shape is None or len(shape) != 4 or list(region.y.shape or ()) != list(shape):
         return None
-    start, end, axis = (p[0] for p in parts if p is not None)
-    return (start, end) if axis in (-1, rank - 1) else None
+    sequence = (ids.shape or [None])[-1]
+    axes = [a for a in (1, 2) if shape[a] == sequence]
+    fits = len(axes) == 1 and isinstance(shape[3 - axes[0]], int) and isinstance(shape[3], int)
+    return axes[0] if fits else None
