@@ -19,6 +19,7 @@ from llmlab.graph.passes.merge_products import MergeProducts
 from llmlab.graph.passes.pack_tokens import PackTokens
 from llmlab.graph.passes.page_attention import PageAttention
 from llmlab.graph.passes.plain_gather import PlainGather
+from llmlab.graph.passes.positional_tables import PositionalTables
 from llmlab.graph.passes.recognise_mask import RecogniseMask
 from llmlab.graph.passes.recognise_moe import RecogniseMoE
 from llmlab.graph.passes.remove_gqa_expansion import RemoveGQAExpansion
@@ -53,6 +54,7 @@ PASSES: tuple[Callable[[], Pass], ...] = (
     RecogniseMask,
     PackTokens,
     StaticReshape,
+    PositionalTables,
     PageAttention,
     DropBatchAxis,
     RemoveNoOps,
