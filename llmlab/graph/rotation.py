@@ -169,7 +169,7 @@ class _Prober:
         if isinstance(pairs, str):
             return pairs
         first, second, interleaved = pairs
-        cos, sin = np.empty((2, length, len(first)), np.float32)
+        cos, sin = (np.empty((length, len(first)), np.float32) for _ in range(2))
         unit = np.zeros((length, self.dim), np.float32)
         unit[:, first] = 1  # (1, 0) turns into (cos, sin)
         step = self._rows_a_call()
