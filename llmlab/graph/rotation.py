@@ -142,7 +142,7 @@ class _Prober:
     def __init__(self, region: Region, tokens: int, tables: list[_Table]) -> None:
         self._function = Excerpt([region.x, *region.tables], [region.y])
         self._tokens, self._tables = tokens, tables
-        _, *middle, self.dim = region.x.shape or ()
+        _, *middle, self.dim = list(region.x.shape or ())
         self.heads = middle[2 - tokens]
         self._called_with = self.heads
 
