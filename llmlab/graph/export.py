@@ -72,7 +72,9 @@ def export(
     path = Path(source).expanduser()
     with closing(NemoCheckpoint(path) if is_nemo(path) else Checkpoint(resolve(source))) as checkpoint:
         limited = checkpoint.config.limited(max_seq_len)
-        limited = limited.limited(rope_limit(limited.raw, max_seq_len))
+        limit = rope_limit(limited.raw, max_seq_len)
+        if limit is not None and limit < limited.max_position_embeddings:
+            limited = limited.limited(limit)
         surgeon = _trace_checkpoint(checkpoint, trust_remote_code, limited.max_position_embeddings)
         return Graph(surgeon, limited, checkpoint.assets)
 

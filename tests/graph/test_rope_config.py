@@ -23,7 +23,8 @@ SHORT, LONG = [1.0 + i / 10 for i in range(8)], [4.0, 3.0, 2.0, 1.5, 1.0, 1.0, 1
 
 def longrope(short: list[float] = SHORT, long: list[float] = LONG) -> dict[str, Any]:
     scaling = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": short, "long_factor": long}
-    return {"rope_parameters": {**scaling, "original_max_position_embeddings": 32}}
+    original = {"original_max_position_embeddings": 32}
+    return {"rope_parameters": {**scaling, **original}, **original}
 
 
 @pytest.mark.parametrize(("longest", "limit", "kept"), [(None, 32, SHORT), (32, 32, SHORT), (33, None, LONG)])
