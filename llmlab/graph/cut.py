@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.errors import GraphError, InputError
-from llmlab.graph.edit import RANDOM
+from llmlab.graph.edit import RANDOM, sort_nodes
 from llmlab.graph.functions import used_functions
 from llmlab.graph.graph import Graph
 from llmlab.graph.pieces import Crossing, Cut, Piece
@@ -35,7 +35,7 @@ def cut(graph: Graph, at: Predicate) -> Cut:
     if not isinstance(graph, Graph):
         raise InputError(f"expected a Graph, got {type(graph).__name__}: export a model first")
     work = graph.copy().surgeon
-    work.toposort()
+    sort_nodes(work)
     marked = {id(node) for node in work.nodes if _asks(at, node)}
     groups = _groups(work, marked)
     if not groups:

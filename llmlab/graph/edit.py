@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from llmlab.errors import GraphError
 from llmlab.graph.graph import Graph
 
 Dim = int | str | None
@@ -96,6 +97,42 @@ def ancestors(tensor: gs.Tensor) -> tuple[list[gs.Node], set[str]]:
             nodes[id(current.inputs[0])] = current.inputs[0]
             pending.extend(current.inputs[0].inputs)
     return list(nodes.values()), sources
+
+
+def sort_nodes(surgeon: gs.Graph) -> gs.Graph:
+    """Put every node behind those that it reads from, otherwise in the order that they are in; in place.
+
+    The surgeon's own toposort recurses, which a graph of a few hundred nodes appended in a row is too deep for.
+    """
+    own = {id(n) for n in surgeon.nodes}
+    sorted_nodes: list[gs.Node] = []
+    state: dict[int, bool] = {}  # False: met, True: placed
+    pending = list(reversed(surgeon.nodes))
+    while pending:
+        node = pending[-1]
+        if state.get(id(node)) is None:
+            state[id(node)] = False
+            made = [producer(t) for t in _read_by(node)]
+            before = [p for p in made if p is not None and id(p) in own and not state.get(id(p))]
+            if any(id(p) in state for p in before):
+                raise GraphError(f"{node.name} depends on itself: a pass made a cycle")
+            pending.extend(reversed(before))
+            continue
+        pending.pop()
+        if not state[id(node)]:
+            state[id(node)] = True
+            sorted_nodes.append(node)
+    surgeon.nodes[:] = sorted_nodes
+    return surgeon
+
+
+def _read_by(node: gs.Node) -> Iterator[gs.Tensor]:
+    """What a node reads, its subgraphs' nodes included."""
+    yield from node.inputs
+    for graph in node.attrs.values():
+        if isinstance(graph, gs.Graph):
+            for inner in graph.nodes:
+                yield from _read_by(inner)
 
 
 def scope(node: gs.Node) -> str:

@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from llmlab.graph.bounded import BoundedSession, CannotEvaluate
-from llmlab.graph.edit import ancestors, is_bfloat16
+from llmlab.graph.edit import ancestors, is_bfloat16, sort_nodes
 from llmlab.graph.graph import OPSET
 
 __all__ = ["CannotEvaluate", "Excerpt", "PositionFunction"]
@@ -103,7 +103,7 @@ def excerpt(nodes: list[gs.Node], tensors: list[gs.Tensor], inputs: list[gs.Vari
         for n in nodes
     ]
     copies = [part for node in copies for part in _through_float32(node)]
-    graph = gs.Graph(copies + tails, inputs, outputs, opset=OPSET).toposort()
+    graph = sort_nodes(gs.Graph(copies + tails, inputs, outputs, opset=OPSET))
     try:
         model = gs.export_onnx(graph, do_type_check=False, ir_version=11).SerializeToString()
     except Exception as problem:  # the surgeon raises whatever an odd attribute makes of it

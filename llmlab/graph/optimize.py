@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from llmlab.errors import InputError, UnsupportedModelError
+from llmlab.graph.edit import sort_nodes
 from llmlab.graph.graph import Graph
 from llmlab.graph.passes.drop_batch_axis import DropBatchAxis
 from llmlab.graph.passes.fold_constants import FoldConstants
@@ -91,7 +92,7 @@ def optimize(
     chosen = _pipeline.passes(without)
     if graph.kind != "plain":
         raise InputError("this graph is a serving graph already: build it, or start again from export")
-    result.surgeon.cleanup().toposort()
+    sort_nodes(result.surgeon.cleanup())
     _verify(_run(chosen, result))
     return result
 

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from llmlab.errors import LlmlabError, PassError
 from llmlab.graph.diff import compare
-from llmlab.graph.edit import Editor
+from llmlab.graph.edit import Editor, sort_nodes
 from llmlab.graph.graph import Graph
 from llmlab.graph.report import NearMiss, PassReport, Rewrite
 from llmlab.graph.snapshot import Snapshot, snapshot
@@ -83,7 +83,7 @@ def run_pass(rule: Pass, graph: Graph, before: Snapshot | None = None) -> Snapsh
     after = before
     if places:
         with _named(rule, "rewrite", None):
-            graph.surgeon.cleanup().toposort()
+            sort_nodes(graph.surgeon.cleanup())
         after = snapshot(graph.surgeon)
     changes = compare(before, after)
     graph.history.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.edit import Editor, producer
+from llmlab.graph.edit import Editor, producer, sort_nodes
 from llmlab.graph.functions import record_implementation
 from llmlab.graph.graph import Graph
 from llmlab.graph.lower.gated import expand_gated
@@ -54,16 +54,16 @@ def lower(graph: Graph, capacity: int) -> Graph:
     for layer, (node, qkv) in enumerate(zip(attention, packed, strict=True)):
         lowering.lower(node, qkv, layer)
     expand_gated(edit)
-    surgeon.cleanup().toposort()
+    sort_nodes(surgeon.cleanup())
     split_products(edit, {id(producer(qkv)) for qkv in packed if qkv is not None})
     lower_products(edit)
     lower_experts(edit)
-    surgeon.cleanup().toposort()
+    sort_nodes(surgeon.cleanup())
     if not named["position_ids"].outputs:
         surgeon.inputs = [t for t in surgeon.inputs if t.name != "position_ids"]
     record_implementation(surgeon, "onnx")
     defer_weights(surgeon)
-    surgeon.toposort()
+    sort_nodes(surgeon)
     return result
 
 

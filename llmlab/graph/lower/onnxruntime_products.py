@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmlab.graph.edit import Editor, ints, operand, other, producer, scope
+from llmlab.graph.edit import Editor, ints, operand, other, producer, scope, sort_nodes
 from llmlab.graph.passes.merge_products import linear, product
 
 
@@ -26,7 +26,7 @@ def split_products(edit: Editor, keep: set[int]) -> None:
             bias = [] if biases is None else [biases.inputs[i]]
             part = product(edit, scope(node), layer.node.inputs[0], [weight], bias, layer.transposed, old.dtype)
             edit.replace(old, part)
-    edit.surgeon.cleanup().toposort()
+    sort_nodes(edit.surgeon.cleanup())
 
 
 def lower_products(edit: Editor) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.edit import Editor, inline_constants, is_bfloat16
+from llmlab.graph.bounded import CannotEvaluate
+from llmlab.graph.edit import Editor, ancestors, inline_constants, is_bfloat16, sort_nodes
+from llmlab.graph.evaluate import excerpt
 from llmlab.graph.rewrite import Match, Pass
 
 _LARGE = 1 << 17  # bytes
@@ -28,13 +30,61 @@ class FoldConstants(Pass):
     def rewrite(self, edit: Editor, match: Match) -> None:
         inline_constants(edit.surgeon)
         _inline_sizes(edit)
-        edit.surgeon.toposort().fold_constants(
-            fold_shapes=False,
-            size_threshold=_LARGE,
-            should_exclude_node=_stays,
-            error_ok=False,
-            recurse_functions=False,
-        )
+        sort_nodes(edit.surgeon)
+        for tensor, array in _values(edit, _foldable(edit.surgeon)):
+            tensor.inputs.clear()
+            tensor.to_constant(array)
+        if any(n.op == "If" and isinstance(n.inputs[0], gs.Constant) for n in edit.surgeon.nodes):
+            # Nothing else is left to the surgeon: what it folds, it computes whatever the size.
+            edit.surgeon.fold_constants(
+                fold_shapes=False,
+                recurse_subgraphs=False,
+                recurse_functions=False,
+                should_exclude_node=lambda node: True,
+            )
+
+
+def _foldable(surgeon: gs.Graph) -> list[gs.Node]:
+    """Sorted nodes that depend on constants alone, and on no weight."""
+    found: dict[int, gs.Node] = {}
+    for node in surgeon.nodes:
+        sources = [t for t in node.inputs if not t.is_empty()]
+        known = all(isinstance(t, gs.Constant) or (t.inputs and id(t.inputs[0]) in found) for t in sources)
+        if sources and known and not _stays(node) and _computable(node):
+            found[id(node)] = node
+    return list(found.values())
+
+
+def _computable(node: gs.Node) -> bool:
+    standard = not node.domain and not node.op.startswith(("Random", "Multinomial", "Bernoulli"))
+    types = all(t.dtype is None or np.dtype(t.dtype).kind in "iufb" for t in (*node.inputs, *node.outputs) if t.name)
+    return standard and types and not any(isinstance(v, gs.Graph) for v in node.attrs.values())
+
+
+def _values(edit: Editor, nodes: list[gs.Node]) -> list[tuple[gs.Variable, np.ndarray]]:
+    """What leaves the foldable part, computed together; where that fails, each by itself, and what can't be stays."""
+    inside = {id(n) for n in nodes}
+    wanted = [
+        t
+        for n in nodes
+        for t in n.outputs
+        if not edit.is_output(t) and any(id(reader) not in inside for reader in t.outputs)
+    ]
+    if not wanted:
+        return []
+    arrays: list[np.ndarray | None]
+    try:
+        arrays = [*excerpt(nodes, wanted, []).run({})]
+    except CannotEvaluate:
+        arrays = [_alone(tensor) for tensor in wanted]
+    return [(t, a) for t, a in zip(wanted, arrays, strict=True) if a is not None and a.nbytes <= _LARGE]
+
+
+def _alone(tensor: gs.Variable) -> np.ndarray | None:
+    try:
+        return excerpt(ancestors(tensor)[0], [tensor], []).run({})[0]
+    except CannotEvaluate:
+        return None
 
 
 def _all_constant(node: gs.Node) -> bool:
