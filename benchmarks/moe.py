@@ -32,7 +32,7 @@ from llmlab.graph.edit import Editor
 from llmlab.graph.graph import LLMLAB_DOMAIN, OPSET, Graph
 from llmlab.graph.lower import onnxruntime_moe
 from llmlab.graph.lower.weights import defer_weights
-from llmlab.graph.storage import MODEL, write_onnx
+from llmlab.graph.store.storage import MODEL, write_onnx
 from llmlab.kernels.experts import mixture_of_experts
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from llmlab.errors import LlmlabError as LlmlabError
     from llmlab.graph.convert import convert as convert
     from llmlab.graph.cut import cut as cut
-    from llmlab.graph.diff import GraphDiff as GraphDiff
-    from llmlab.graph.diff import diff as diff
     from llmlab.graph.edit import Editor as Editor
     from llmlab.graph.export import export as export
     from llmlab.graph.graph import Graph as Graph
-    from llmlab.graph.operator import operator as operator
+    from llmlab.graph.operators.operator import operator as operator
     from llmlab.graph.optimize import optimize as optimize
     from llmlab.graph.optimize import register_pass as register_pass
     from llmlab.graph.optimize import registered_pass as registered_pass
     from llmlab.graph.optimize import unregister_pass as unregister_pass
+    from llmlab.graph.reports.diff import GraphDiff as GraphDiff
+    from llmlab.graph.reports.diff import diff as diff
     from llmlab.graph.rewrite import Match as Match
     from llmlab.graph.rewrite import Pass as Pass
     from llmlab.runtime.async_llm import AsyncLLM as AsyncLLM
@@ -50,15 +50,15 @@ _HOME = {
     "LLM": "llmlab.runtime.llm",
     "AsyncLLM": "llmlab.runtime.async_llm",
     "SamplingParams": "llmlab.runtime.params",
-    "diff": "llmlab.graph.diff",
-    "GraphDiff": "llmlab.graph.diff",
+    "diff": "llmlab.graph.reports.diff",
+    "GraphDiff": "llmlab.graph.reports.diff",
     "register_pass": "llmlab.graph.optimize",
     "unregister_pass": "llmlab.graph.optimize",
     "registered_pass": "llmlab.graph.optimize",
     "Pass": "llmlab.graph.rewrite",
     "Match": "llmlab.graph.rewrite",
     "Editor": "llmlab.graph.edit",
-    "operator": "llmlab.graph.operator",
+    "operator": "llmlab.graph.operators.operator",
     "LlmlabError": "llmlab.errors",
 }
 

@@ -8,7 +8,7 @@ from llmlab.checkpoint import eos_ids, generation_config
 from llmlab.errors import InputError
 from llmlab.files import atomic_folder
 from llmlab.graph.graph import Graph
-from llmlab.graph.storage import write_onnx
+from llmlab.graph.store.storage import write_onnx
 from llmlab.runtime.engine import TARGETS, Engine
 from llmlab.runtime.manifest import MANIFEST, MODEL, WEIGHTS, KVLayout, Limits, Manifest, slot_capacity
 

@@ -395,4 +395,4 @@ nodes = onnx.load("engines/operator/model.onnx", load_external_data=False).graph
 #     return Launch(kernel, (triton.cdiv(n, 1024),), (n, self.limit), {"BLOCK": 1024})
 # ```
 #
-# `Launch` is in `llmlab.graph.operator`: the kernel, its grid, the scalars behind the pointers, and what is compiled in.
+# `Launch` is in `llmlab.graph.operators.operator`: the kernel, its grid, the scalars behind the pointers, and what is compiled in.

@@ -445,7 +445,8 @@ def put_in(flaw: str) -> None:
     import time
 
     from llmlab.errors import GraphError
-    from llmlab.graph import from_onnx, storage
+    from llmlab.graph.sources import from_onnx
+    from llmlab.graph.store import storage
 
     original = from_onnx.check_model
 

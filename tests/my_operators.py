@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from llmlab.graph.operator import Launch, operator
+from llmlab.graph.operators.operator import Launch, operator
 
 
 @operator("testlab::clipped_silu")

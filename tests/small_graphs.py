@@ -17,7 +17,7 @@ from llmlab.graph.graph import Graph
 from llmlab.graph.optimize import optimize
 from llmlab.graph.passes.fold_constants import FoldConstants
 from llmlab.graph.rewrite import Pass, PassReport
-from llmlab.graph.storage import from_proto
+from llmlab.graph.store.storage import from_proto
 
 CONFIG = ModelConfig("toy", vocab_size=12, hidden_size=8, num_layers=1, num_heads=2, max_position_embeddings=64)
 HEADER = '<ir_version: 11, opset_import: ["": 23, "com.microsoft": 1]>'

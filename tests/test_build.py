@@ -12,8 +12,8 @@ from conftest import Store
 
 from llmlab.build import build
 from llmlab.errors import CheckpointError, InputError
-from llmlab.graph import storage
 from llmlab.graph.lower.onnxruntime import LOWERED_INPUTS
+from llmlab.graph.store import storage
 from llmlab.runtime.engine import Engine
 
 

@@ -17,9 +17,9 @@ from llmlab.errors import InputError
 
 if TYPE_CHECKING:
     from llmlab.checkpoint import Checkpoint
-    from llmlab.graph.diff import GraphDiff
     from llmlab.graph.graph import Graph
-    from llmlab.graph.why import Why
+    from llmlab.graph.reports.diff import GraphDiff
+    from llmlab.graph.reports.why import Why
     from llmlab.runtime.engine import Engine
 
 _SAMPLING = ("temperature", "top_k", "top_p")

@@ -11,10 +11,10 @@ import onnx_graphsurgeon as gs
 
 from llmlab.errors import GraphError, InputError
 from llmlab.graph.edit import RANDOM, sort_nodes
-from llmlab.graph.functions import used_functions
 from llmlab.graph.graph import Graph
+from llmlab.graph.operators.functions import used_functions
 from llmlab.graph.pieces import Crossing, Cut, Piece
-from llmlab.graph.storage import array
+from llmlab.graph.store.storage import array
 
 _BY_VALUE = 1024  # bytes; integers (axes, sizes) up to here are part of a piece's structure
 

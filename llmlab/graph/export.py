@@ -11,12 +11,12 @@ from llmlab.checkpoint import Checkpoint, read_assets, resolve
 from llmlab.config import ModelConfig
 from llmlab.errors import InputError, UnsupportedModelError, require
 from llmlab.files import read_json
-from llmlab.graph.from_onnx import ONNX_SUFFIX, open_onnx
 from llmlab.graph.graph import Graph
-from llmlab.graph.nemo.checkpoint import NemoCheckpoint, is_nemo
-from llmlab.graph.rope_config import freeze_rope, rope_limit
-from llmlab.graph.trace import quiet, reason, trace
-from llmlab.graph.weights import locate_weights
+from llmlab.graph.sources.from_onnx import ONNX_SUFFIX, open_onnx
+from llmlab.graph.sources.nemo.checkpoint import NemoCheckpoint, is_nemo
+from llmlab.graph.sources.rope_config import freeze_rope, rope_limit
+from llmlab.graph.sources.trace import quiet, reason, trace
+from llmlab.graph.sources.weights import locate_weights
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs

@@ -16,12 +16,12 @@ from llmlab.checkpoint import ASSETS
 from llmlab.config import ModelConfig
 from llmlab.errors import GraphError
 from llmlab.files import atomic_folder, read_bytes, read_json, write_json
-from llmlab.graph.diff import GraphDiff, diff
-from llmlab.graph.references import References, open_references
-from llmlab.graph.report import History, PassReport
-from llmlab.graph.storage import constants, read_onnx, write_onnx
-from llmlab.graph.tables import NodeTable
-from llmlab.graph.why import Why, why
+from llmlab.graph.reports.diff import GraphDiff, diff
+from llmlab.graph.reports.report import History, PassReport
+from llmlab.graph.reports.tables import NodeTable
+from llmlab.graph.reports.why import Why, why
+from llmlab.graph.store.references import References, open_references
+from llmlab.graph.store.storage import constants, read_onnx, write_onnx
 
 FORMAT = 1
 """Version of the folder that `Graph.save` writes."""
@@ -29,6 +29,8 @@ MANIFEST = "graph.json"
 
 LLMLAB_DOMAIN = "llmlab"
 OPSET = 23
+TOKENS = "T"
+"""The size, in declared shapes, of the axis that counts a step's tokens."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.errors import UnsupportedModelError
-from llmlab.graph.storage import DeferredValues, array
+from llmlab.graph.store.storage import DeferredValues, array
 
 _CHUNK = 1 << 22  # values looked at together
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from llmlab.errors import InputError, UnsupportedModelError
+from llmlab.graph.analysis.rows import mixing_node
 from llmlab.graph.edit import sort_nodes
 from llmlab.graph.graph import Graph
 from llmlab.graph.passes.drop_batch_axis import DropBatchAxis
@@ -28,9 +29,8 @@ from llmlab.graph.passes.share_common import ShareCommon
 from llmlab.graph.passes.simplify import MergeReshapes, RemoveNoOps, SplitWithoutSequence, StaticReshape
 from llmlab.graph.passes.unfold_gemm import UnfoldGemm
 from llmlab.graph.pipeline import Pipeline
+from llmlab.graph.reports.snapshot import snapshot
 from llmlab.graph.rewrite import Pass, run_pass
-from llmlab.graph.rows import mixing_node
-from llmlab.graph.snapshot import snapshot
 
 SERVING_INPUTS = ("input_ids", "position_ids", "query_start", "kv_len", "block_table", "logits_index")
 

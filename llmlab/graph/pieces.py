@@ -14,7 +14,7 @@ from rich.table import Table
 
 from llmlab.graph.edit import Dim
 from llmlab.graph.graph import Graph
-from llmlab.graph.render import html_table, plain
+from llmlab.graph.reports.render import html_table, plain
 
 Feeds = Mapping[str, np.ndarray]
 

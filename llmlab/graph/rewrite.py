@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import onnx_graphsurgeon as gs
 
 from llmlab.errors import LlmlabError, PassError
-from llmlab.graph.diff import compare
 from llmlab.graph.edit import Editor, sort_nodes
 from llmlab.graph.graph import Graph
-from llmlab.graph.report import NearMiss, PassReport, Rewrite
-from llmlab.graph.snapshot import Snapshot, snapshot
+from llmlab.graph.reports.diff import compare
+from llmlab.graph.reports.report import NearMiss, PassReport, Rewrite
+from llmlab.graph.reports.snapshot import Snapshot, snapshot
 
 
 class Match(SimpleNamespace):

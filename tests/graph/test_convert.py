@@ -21,7 +21,7 @@ from llmlab.graph import interpret
 from llmlab.graph.graph import Graph
 from llmlab.graph.interpret import KERNELS, Interpreter
 from llmlab.graph.passes.convert_precision import ConvertPrecision
-from llmlab.graph.storage import constants
+from llmlab.graph.store.storage import constants
 
 HALF, BRAIN = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 PLAN = Plan(((9, 1, 1), (1, 1, 1), (0, 4, 1)))

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import llmlab as ll
-from llmlab.graph.storage import constants
+from llmlab.graph.store.storage import constants
 
 SHAPE = (tiny.VOCAB, 64)
 SCALED: dict[str, dict[str, Any]] = {

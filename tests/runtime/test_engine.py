@@ -16,7 +16,7 @@ from conftest import Store
 
 from llmlab.build import build
 from llmlab.errors import EngineError, InputError
-from llmlab.graph import storage
+from llmlab.graph.store import storage
 from llmlab.runtime.engine import Engine
 from llmlab.runtime.manifest import MANIFEST, Manifest, digest
 

@@ -6,13 +6,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import Editor, producer, sort_nodes
-from llmlab.graph.functions import record_implementation
 from llmlab.graph.graph import Graph
 from llmlab.graph.lower.gated import expand_gated
 from llmlab.graph.lower.onnxruntime_attention import AttentionLowering
 from llmlab.graph.lower.onnxruntime_moe import lower_experts
 from llmlab.graph.lower.onnxruntime_products import lower_products, split_products
 from llmlab.graph.lower.weights import defer_weights
+from llmlab.graph.operators.functions import record_implementation
 
 _INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
 

@@ -13,9 +13,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import Editor, operand, producer, scope, value
-from llmlab.graph.lazy import row
 from llmlab.graph.lower.gated import activate
-from llmlab.graph.storage import onnx_dtype
+from llmlab.graph.store.lazy import row
+from llmlab.graph.store.storage import onnx_dtype
 
 _FLOAT, _INT64 = np.dtype(np.float32), np.dtype(np.int64)
 _NOTHING = -1e30  # a router logit that softmax makes zero

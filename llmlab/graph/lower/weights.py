@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import constant_expression
-from llmlab.graph.storage import DeferredValues, array
+from llmlab.graph.store.storage import DeferredValues, array
 
 Attrs = dict[str, Any]
 _OPS: dict[str, Callable[[Attrs, list[np.ndarray]], np.ndarray]] = {

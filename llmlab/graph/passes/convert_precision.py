@@ -12,7 +12,7 @@ from llmlab.graph.edit import Editor, constant_expression, operand, scope, value
 from llmlab.graph.narrow import Narrowed, check_range, survives
 from llmlab.graph.passes.drop_batch_axis import ELEMENTWISE
 from llmlab.graph.rewrite import Match, Pass
-from llmlab.graph.storage import onnx_dtype
+from llmlab.graph.store.storage import onnx_dtype
 
 WIDE = np.dtype(np.float32)
 # Layout, and elementwise operators that lose nothing but a rounding: they compute in whatever their inputs come in.

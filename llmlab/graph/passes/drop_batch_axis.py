@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from llmlab.graph.analysis.operator_kinds import ELEMENTWISE, REDUCTIONS
 from llmlab.graph.edit import Editor, constant_expression, ints, operand, producer, scope, value
-from llmlab.graph.functions import function_of
-from llmlab.graph.operators import ELEMENTWISE, REDUCTIONS
+from llmlab.graph.operators.functions import function_of
 from llmlab.graph.passes.simplify import same_shape
 from llmlab.graph.rewrite import Match, Pass
 

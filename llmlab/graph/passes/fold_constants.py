@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.bounded import CannotEvaluate
+from llmlab.graph.analysis.bounded import CannotEvaluate
+from llmlab.graph.analysis.evaluate import excerpt
 from llmlab.graph.edit import Editor, ancestors, inline_constants, is_bfloat16, sort_nodes
-from llmlab.graph.evaluate import excerpt
 from llmlab.graph.rewrite import Match, Pass
 
 _LARGE = 1 << 17  # bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.activations import activation_of, argument, curve
+from llmlab.graph.analysis.activations import activation_of, argument, curve
 from llmlab.graph.edit import Editor, other, producer, scalar, scope
 from llmlab.graph.rewrite import Match, Pass
 

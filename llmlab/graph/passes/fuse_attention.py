@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from llmlab.graph.analysis.evaluate import PositionFunction
 from llmlab.graph.edit import Dim, Editor, constant_expression, ints, operand, producer, scalar, scope, value
-from llmlab.graph.evaluate import PositionFunction
 from llmlab.graph.rewrite import Match, Pass
-from llmlab.graph.storage import onnx_dtype
+from llmlab.graph.store.storage import onnx_dtype
 
 SINKS = 7
 """Input of Attention that keeps a logit per head [heads] between this pass and the next; the standard operator has none."""

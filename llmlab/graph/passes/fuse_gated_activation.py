@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.activations import activation_of
+from llmlab.graph.analysis.activations import activation_of
 from llmlab.graph.edit import Editor, producer, scope
 from llmlab.graph.graph import LLMLAB_DOMAIN
 from llmlab.graph.rewrite import Match, Pass

@@ -7,10 +7,10 @@ from collections.abc import Hashable, Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from llmlab.graph.analysis.positions import depends_on_positions
+from llmlab.graph.analysis.rotation import MOVES, Region, Rotation, enclose, identify
 from llmlab.graph.edit import Editor, scope
-from llmlab.graph.positions import depends_on_positions
 from llmlab.graph.rewrite import Match, Pass
-from llmlab.graph.rotation import MOVES, Region, Rotation, enclose, identify
 
 _FARTHEST = 24  # tensors behind the first product with cos or sin
 

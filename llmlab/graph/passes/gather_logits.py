@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from llmlab.graph.analysis.rows import mixes_tokens, token_axis
 from llmlab.graph.edit import Editor, producer, scope
 from llmlab.graph.rewrite import Match, Pass
-from llmlab.graph.rows import mixes_tokens, token_axis
 
 WANTED = "N"
 

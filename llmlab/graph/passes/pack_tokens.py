@@ -8,9 +8,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import Dim, Editor
+from llmlab.graph.graph import TOKENS
 from llmlab.graph.rewrite import Match, Pass
 
-TOKENS = "T"
 _INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import Dim, Editor, operand, producer, scope
-from llmlab.graph.graph import LLMLAB_DOMAIN
+from llmlab.graph.graph import LLMLAB_DOMAIN, TOKENS
 from llmlab.graph.passes.fuse_attention import SINKS
-from llmlab.graph.passes.pack_tokens import TOKENS
 from llmlab.graph.passes.recognise_mask import ALIBI_SLOPES, WINDOW
 from llmlab.graph.rewrite import Match, Pass
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from llmlab.graph.analysis.evaluate import CannotEvaluate, PositionFunction
+from llmlab.graph.analysis.positions import depends_on_positions
+from llmlab.graph.analysis.rows import mixes_tokens, token_axis, token_counts
 from llmlab.graph.edit import Dim, Editor, ancestors, producer, scope
-from llmlab.graph.evaluate import CannotEvaluate, PositionFunction
-from llmlab.graph.positions import depends_on_positions
 from llmlab.graph.rewrite import Match, Pass
-from llmlab.graph.rows import mixes_tokens, token_axis, token_counts
 
 _LENGTHS = (1, 2, 7, 33, 130)
 _LARGEST = 1 << 28  # bytes of a table

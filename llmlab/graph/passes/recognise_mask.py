@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from llmlab.graph.analysis.masks import MaskKind, classify
 from llmlab.graph.edit import Editor, operand, scope
-from llmlab.graph.masks import MaskKind, classify
 from llmlab.graph.rewrite import Match, Pass
 
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from llmlab.graph.analysis.evaluate import excerpt
+from llmlab.graph.analysis.operator_kinds import ELEMENTWISE
 from llmlab.graph.edit import Editor, constant_expression, ints, operand, other, producer, scalar, scope
-from llmlab.graph.evaluate import excerpt
 from llmlab.graph.graph import LLMLAB_DOMAIN
-from llmlab.graph.operators import ELEMENTWISE
 from llmlab.graph.rewrite import Match, Pass
 from llmlab.kernels.experts import ACTIVATIONS, gated
 

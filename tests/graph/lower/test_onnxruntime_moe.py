@@ -13,9 +13,9 @@ from small_graphs import CONFIG, ops, run
 
 from llmlab.graph.edit import Editor
 from llmlab.graph.graph import LLMLAB_DOMAIN, OPSET, Graph
-from llmlab.graph.lazy import Joined, Stacked
 from llmlab.graph.lower.onnxruntime_moe import lower_experts
 from llmlab.graph.lower.weights import defer_weights
+from llmlab.graph.store.lazy import Joined, Stacked
 from llmlab.kernels.experts import ACTIVATIONS, gated, mixture_of_experts
 
 HIDDEN, INNER, EXPERTS, K = 16, 24, 6, 2

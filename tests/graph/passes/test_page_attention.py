@@ -9,13 +9,13 @@ import pytest
 from small_graphs import attention_graph, padded_tokens, refused, run
 from steps import worst_error
 
+from llmlab.graph.analysis.rows import mixing_node
 from llmlab.graph.graph import Graph
 from llmlab.graph.interpret import Interpreter
 from llmlab.graph.optimize import optimize
 from llmlab.graph.passes.pack_tokens import PackTokens
 from llmlab.graph.passes.page_attention import PageAttention
 from llmlab.graph.passes.recognise_mask import WINDOW
-from llmlab.graph.rows import mixing_node
 
 COS, SIN = (f(np.outer(np.arange(64), [1.0, 0.1])).astype(np.float32) for f in (np.cos, np.sin))
 ROPE = "rq = RotaryEmbedding(q, cos, sin, {0}) rk = RotaryEmbedding(k, cos, sin, {0}) a = Attention<is_causal=1>(rq, rk, v)"

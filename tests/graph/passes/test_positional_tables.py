@@ -8,12 +8,12 @@ import pytest
 import steps
 from small_graphs import CONFIG, apply, ops, refused, rows, run, same, small_graph
 
+from llmlab.graph.analysis.rows import mixing_node
 from llmlab.graph.export import export
 from llmlab.graph.graph import Graph
 from llmlab.graph.interpret import Interpreter
 from llmlab.graph.optimize import optimize
 from llmlab.graph.passes.positional_tables import PositionalTables
-from llmlab.graph.rows import mixing_node
 
 # x [1,T,8] meets something made of `r`, the places 0, 1, … of the tokens as a row [1,T], or of `n`, how many there are.
 FRAME = """m (int64[T] input_ids, int64[T] position_ids, float[T,8] x0) => (float y) {{

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from small_graphs import POSITIONS, apply, attention_graph, ops, padded_tokens, refused, run, same
 
-from llmlab.graph.masks import classify
+from llmlab.graph.analysis.masks import classify
 from llmlab.graph.passes.recognise_mask import ALIBI_SLOPES, WINDOW, RecogniseMask
 
 ADDITIVE = """

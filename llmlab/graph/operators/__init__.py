@@ -1,0 +1,1 @@
+"""Operators that users declare, and their ONNX bodies, which travel with a graph as functions."""

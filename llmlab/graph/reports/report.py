@@ -1,0 +1,138 @@
+"""What a pass did to a graph: its report, and the list of them that a graph carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llmlab.graph.reports.diff import GraphDiff, number, text
+from llmlab.graph.reports.fold import Folded, fold, layer_of
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A place where the pattern was found but the rewrite did not apply, and why."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A place where a pass did its surgery: the node that its pattern is anchored at."""
+
+    node: str
+    added: tuple[str, ...] = ()
+    """Names of the nodes that this rewrite added; some may be gone again in the end."""
+    removed: tuple[str, ...] = ()
+    """Names of the nodes that went and were nearer to this rewrite than to any other of the pass."""
+
+    @property
+    def layer(self) -> str:
+        return layer_of(self.node)
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one run of a pass did to one graph."""
+
+    name: str
+    summary: str
+    matches: int
+    """How often the pattern was found: `rewrites` and near misses together."""
+    rewrites: int
+    near_misses: tuple[NearMiss, ...] = ()
+    nodes_before: int = 0
+    nodes_after: int = 0
+    seconds: float = 0.0
+    diff: GraphDiff = field(default_factory=GraphDiff, repr=False)
+    places: tuple[Rewrite, ...] = field(default=(), repr=False)
+    run: int = 1
+    """Which run of this pass on this graph it was, from 1."""
+    source: str = ""
+    """File and line of the pass's class, such as `llmlab/graph/passes/fuse_rope.py:21`; empty if there is no file."""
+    weight_bytes_before: int = 0
+    weight_bytes_after: int = 0
+
+    @property
+    def title(self) -> str:
+        """The name, with the number of the run from the second on: `remove_no_ops #2`."""
+        return self.name if self.run == 1 else f"{self.name} #{self.run}"
+
+    def folded_misses(self) -> list[Folded]:
+        """(node, reason) of the near misses, those that differ in the number of their layer alone as one."""
+        return fold((miss.node, miss.reason) for miss in self.near_misses)
+
+    def folded_places(self) -> list[Folded]:
+        """(node, nodes that went, nodes that came) of the rewrites, folded alike."""
+        return fold((p.node, ", ".join(p.removed), ", ".join(p.added)) for p in self.places)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in (*_TEXTS, *_NUMBERS, "seconds")},
+            "near_misses": [{"node": m.node, "reason": m.reason} for m in self.near_misses],
+            "places": [{"node": p.node, "added": list(p.added), "removed": list(p.removed)} for p in self.places],
+            "diff": self.diff.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PassReport:
+        """What `to_dict` gave. Raises TypeError, KeyError, ValueError or AttributeError where it is something else."""
+        seconds = data["seconds"]
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+            raise TypeError(f"{seconds!r} is not a time")
+        kinds = {**dict.fromkeys(_TEXTS, text), **dict.fromkeys(_NUMBERS, number)}
+        plain: dict[str, Any] = {
+            name: kind(data[name]) for name, kind in kinds.items() if name in data or name not in _SINCE_0_2
+        }
+        return cls(
+            **plain,
+            near_misses=tuple(NearMiss(text(m["node"]), text(m["reason"])) for m in data["near_misses"]),
+            places=tuple(
+                Rewrite(text(p["node"]), tuple(map(text, p["added"])), tuple(map(text, p["removed"])))
+                for p in data.get("places", ())
+            ),
+            diff=GraphDiff.from_dict(data["diff"]),
+            seconds=seconds,
+        )
+
+    def __str__(self) -> str:
+        line = (
+            f"{self.title}: {self.rewrites} of {self.matches} rewritten, {self.nodes_before} → {self.nodes_after} nodes"
+        )
+        return line + "".join(f"\n  not {m.texts[0]}: {m.texts[1]}{m.times}" for m in self.folded_misses())
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        return History([self]).__rich_console__(console, options)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return History([self])._repr_mimebundle_()
+
+
+_TEXTS = ("name", "summary", "source")
+_NUMBERS = ("matches", "rewrites", "nodes_before", "nodes_after", "run", "weight_bytes_before", "weight_bytes_after")
+_SINCE_0_2 = ("source", "run", "weight_bytes_before", "weight_bytes_after")
+"""What reports that llmlab 0.1 saved don't have."""
+
+
+class History(list[PassReport]):
+    """The reports of the passes that made a graph, in order."""
+
+    def __str__(self) -> str:
+        return "\n".join(str(report) for report in self) or "no pass has run"
+
+    __repr__ = __str__
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from llmlab.graph.reports.render import history_text
+
+        yield history_text(self, options.max_width)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from llmlab.graph.reports.render import history_html
+
+        return {"text/plain": str(self), "text/html": history_html(self)}

@@ -1,0 +1,1 @@
+"""Where graphs come from: torch modules, checkpoints, ONNX files, NeMo archives. Each ends as a plain graph."""
