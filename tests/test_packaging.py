@@ -115,7 +115,7 @@ def package_files() -> set[str]:
     package = ROOT / "llmlab"
     return {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("**/*.py", "py.typed", "zoo/tinychat/*")
+        for pattern in ("**/*.py", "py.typed", "graph/architectures.json", "zoo/tinychat/*")
         for path in package.glob(pattern)
     }
 
