@@ -49,7 +49,14 @@ def parameters(sizes: dict[str, Any]) -> int:
     return sum(math.prod(shape) for _, shape in tensors(sizes))
 
 
-@pytest.mark.parametrize(("through", "dtype"), [("optimize", "bfloat16"), ("build", "bfloat16"), ("build", "float32")])
+@pytest.mark.parametrize(
+    ("through", "dtype"),
+    [
+        pytest.param("optimize", "bfloat16", marks=pytest.mark.slow),
+        ("build", "bfloat16"),
+        pytest.param("build", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_weights_are_never_in_memory(tmp_path: Path, through: str, dtype: str) -> None:
     """As stored they are two or four bytes each; what is written is four."""
     weights = 4 * parameters(WIDE)

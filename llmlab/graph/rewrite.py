@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import onnx_graphsurgeon as gs
 
-from llmlab.errors import LlmlabError, PassError
+from llmlab.errors import GraphError, LlmlabError, PassError
 from llmlab.graph.edit import Editor, sort_nodes
 from llmlab.graph.graph import Graph
 from llmlab.graph.reports.diff import compare
@@ -82,8 +82,10 @@ def run_pass(rule: Pass, graph: Graph, before: Snapshot | None = None) -> Snapsh
             misses.append(NearMiss(name, reason))
     after = before
     if places:
-        with _named(rule, "rewrite", None):
+        try:
             sort_nodes(graph.surgeon.cleanup())
+        except GraphError as problem:  # a cycle, which the graph didn't have before
+            raise PassError(f"pass {rule.name!r} failed in rewrite: {problem}") from problem
         after = snapshot(graph.surgeon)
     changes = compare(before, after)
     graph.history.append(

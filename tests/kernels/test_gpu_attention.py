@@ -42,7 +42,10 @@ KINDS = {
     "window wider than a tile of keys, sinks": (AttentionKind(2, 1, 16, 16, window=70, sinks=True), 16, False),
     "ALiBi": (AttentionKind(4, 2, 16, 16, alibi=True), 0, False),
 }
-every_kind = pytest.mark.parametrize("name", KINDS)
+# Each takes seconds under the interpreter: the first of them always, the rest nightly, and all on a GPU.
+every_kind = pytest.mark.parametrize(
+    "name", [n if i == 0 else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(KINDS)]
+)
 
 
 @dataclass
@@ -121,7 +124,8 @@ def poisoned(given: Case) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "splits"), [*((name, 3) for name in KINDS), ("MHA", 1), ("window wider than a tile of keys, sinks", 1)]
+    ("name", "splits"),
+    [*((name, 3) for name in KINDS), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in KINDS)],
 )
 def test_a_mixed_step_equals_the_reference(name: str, splits: int) -> None:
     given = case(*KINDS[name])
@@ -139,7 +143,9 @@ def test_one_kernel_does_a_mixed_step_too(name: str) -> None:
     assert given.error(out) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["MHA", "MQA of 3 heads, partial interleaved RoPE"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("MHA", marks=pytest.mark.slow), "MQA of 3 heads, partial interleaved RoPE"]
+)
 def test_new_keys_and_values_lie_in_the_pool_and_nothing_else_changed(name: str) -> None:
     given = case(*KINDS[name])
     before = given.step.pool.float().cpu().numpy()
@@ -195,7 +201,7 @@ def other_head(step: launch.Step) -> launch.Step:
     return replace(step, pool=step.pool.flip(2).contiguous())
 
 
-@pytest.mark.parametrize("spoil", [shifted_table, shorter, other_head])
+@pytest.mark.parametrize("spoil", [shifted_table, shorter, pytest.param(other_head, marks=pytest.mark.slow)])
 def test_a_wrong_step_is_seen(spoil: Any) -> None:
     given = case(AttentionKind(4, 2, 32, 16), 32)
     q, out = given.written(), poisoned(given)
