@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import onnx_graphsurgeon as gs
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from llmlab.errors import InputError
 from llmlab.graph.reports.fold import Folded, block_of, fold, layer_of, natural
+from llmlab.graph.reports.render import details, lines_html, lines_text, plain, tally
 from llmlab.graph.reports.snapshot import NodeFacts, Snapshot, snapshot
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from llmlab.graph.graph import Graph
 
 NOTHING = "–"
 NO_DIFFERENCE = "no difference"
@@ -143,17 +142,39 @@ class GraphDiff:
     __repr__ = __str__
 
     def __rich__(self) -> RenderableType:
-        from llmlab.graph.reports.render import diff_text
-
-        return diff_text(self)
+        return _text(self)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        from llmlab.graph.reports.render import diff_html
-
-        return {"text/plain": str(self), "text/html": diff_html(self)}
+        return {"text/plain": str(self), "text/html": _html(self)}
 
 
 KINDS = ("added", "removed", "changed")
+
+
+def _text(found: GraphDiff) -> RenderableType:
+    if not found:
+        return Text(NO_DIFFERENCE)
+    parts: list[Text] = [Text(f"{found}  (+ added, - removed, ~ changed)", "bold")]
+    for block in found.blocks():
+        parts.append(plain(block.texts[0] + block.times, "bold"))
+        parts += lines_text(block.texts[1:], "  ")
+    if tensors := found.tensor_lines():
+        parts.append(Text("inputs, outputs and weights", "bold"))
+        parts += lines_text([line.texts[0] + line.times for line in tensors], "  ")
+    return Group(*parts)
+
+
+def _html(found: GraphDiff) -> str:
+    if not found:
+        return f"<div>{NO_DIFFERENCE}</div>"
+    operators = ", ".join(f"{op} {change:+d}" for op, change in found.ops.items())
+    return (
+        f"<div><b>{html.escape(str(found))}</b><br><small>{html.escape(operators)}</small></div>"
+        + "".join(details(b.texts[0] + b.times + tally(b.texts[1:]), lines_html(b.texts[1:])) for b in found.blocks())
+        + details(
+            "inputs, outputs and weights", lines_html([line.texts[0] + line.times for line in found.tensor_lines()])
+        )
+    )
 
 
 def _operator(name: str) -> str:
@@ -187,7 +208,13 @@ def number(value: Any) -> int:
     return value
 
 
-def diff(a: Graph, b: Graph) -> GraphDiff:
+class HasNodes(Protocol):
+    """A `Graph`, or anything else with the surgeon's graph in it."""
+
+    surgeon: gs.Graph
+
+
+def diff(a: HasNodes, b: HasNodes) -> GraphDiff:
     """What is different in graph `b`, seen from graph `a`: any two of them, plain, serving or lowered.
 
     Nodes are the same if they have the same name. Raises InputError where one isn't a Graph.

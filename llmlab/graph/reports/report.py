@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import html
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from llmlab.graph.reports.diff import GraphDiff, number, text
 from llmlab.graph.reports.fold import Folded, fold, layer_of
+from llmlab.graph.reports.render import SIGNS, details, html_table, plain
 
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
+_WIDE = 90  # columns of a terminal from which on all of a history's numbers find room beside the names
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,11 @@ class NearMiss:
 
     node: str
     reason: str
+
+
+def folded(misses: Iterable[NearMiss]) -> list[str]:
+    """A line for each near miss, those that differ in the number of their layer alone as one."""
+    return [f"not {m.texts[0]}: {m.texts[1]}{m.times}" for m in fold((miss.node, miss.reason) for miss in misses)]
 
 
 @dataclass(frozen=True)
@@ -63,12 +73,8 @@ class PassReport:
         """The name, with the number of the run from the second on: `remove_no_ops #2`."""
         return self.name if self.run == 1 else f"{self.name} #{self.run}"
 
-    def folded_misses(self) -> list[Folded]:
-        """(node, reason) of the near misses, those that differ in the number of their layer alone as one."""
-        return fold((miss.node, miss.reason) for miss in self.near_misses)
-
     def folded_places(self) -> list[Folded]:
-        """(node, nodes that went, nodes that came) of the rewrites, folded alike."""
+        """(node, nodes that went, nodes that came) of the rewrites, layers that are alike as one."""
         return fold((p.node, ", ".join(p.removed), ", ".join(p.added)) for p in self.places)
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,11 +92,11 @@ class PassReport:
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
             raise TypeError(f"{seconds!r} is not a time")
         kinds = {**dict.fromkeys(_TEXTS, text), **dict.fromkeys(_NUMBERS, number)}
-        plain: dict[str, Any] = {
+        fields: dict[str, Any] = {
             name: kind(data[name]) for name, kind in kinds.items() if name in data or name not in _SINCE_0_2
         }
         return cls(
-            **plain,
+            **fields,
             near_misses=tuple(NearMiss(text(m["node"]), text(m["reason"])) for m in data["near_misses"]),
             places=tuple(
                 Rewrite(text(p["node"]), tuple(map(text, p["added"])), tuple(map(text, p["removed"])))
@@ -104,7 +110,7 @@ class PassReport:
         line = (
             f"{self.title}: {self.rewrites} of {self.matches} rewritten, {self.nodes_before} → {self.nodes_after} nodes"
         )
-        return line + "".join(f"\n  not {m.texts[0]}: {m.texts[1]}{m.times}" for m in self.folded_misses())
+        return "\n  ".join([line, *folded(self.near_misses)])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         return History([self]).__rich_console__(console, options)
@@ -128,11 +134,70 @@ class History(list[PassReport]):
     __repr__ = __str__
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        from llmlab.graph.reports.render import history_text
-
-        yield history_text(self, options.max_width)
+        yield _text(self, options.max_width)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        from llmlab.graph.reports.render import history_html
+        return {"text/plain": str(self), "text/html": _html(self)}
 
-        return {"text/plain": str(self), "text/html": history_html(self)}
+
+def _text(history: History, width: int) -> RenderableType:
+    if not history:
+        return Text("no pass has run")
+    columns = ("pass", "rewritten", "nodes", "weights", "time")[: 5 if width >= _WIDE else 3]
+    table = Table(*columns, title="Passes")
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    table.columns[0].overflow = "fold"
+    for report in history:
+        what = plain(report.title, "bold" if report.rewrites else "")
+        if report.summary and report.run == 1:
+            what.append("\n").append_text(plain(report.summary, "dim"))
+        for miss in folded(report.near_misses):
+            what.append("\n").append_text(plain(miss, "yellow"))
+        table.add_row(what, *_numbers(report)[: len(columns) - 1])
+    return table
+
+
+def _html(history: History) -> str:
+    head = ("pass", "rewritten", "nodes", "operators that came and went", "weights", "time")
+    return html_table(head, map(_report_cells, history))
+
+
+def _report_cells(report: PassReport) -> list[str]:
+    misses = [f"<small>{html.escape(miss)}</small>" for miss in folded(report.near_misses)]
+    places = [
+        f"<small>{html.escape(place.texts[0] + place.times)}"
+        + "".join(
+            f"<br>&emsp;<span style='background:{SIGNS[sign][2]}'>{SIGNS[sign][0]}</span> {html.escape(names)}"
+            for sign, names in (("-", place.texts[1]), ("+", place.texts[2]))
+            if names
+        )
+        + "</small>"
+        for place in report.folded_places()
+    ]
+    operators = ", ".join(f"{op} {change:+d}" for op, change in report.diff.ops.items())
+    what = (
+        f"<b>{html.escape(report.title)}</b><br><small>{html.escape(report.summary)}</small>"
+        + details(_count(len(report.near_misses), "near miss", "near misses"), misses)
+        + details(f"{_count(report.rewrites, 'rewrite', 'rewrites')} ({report.source or 'no source file'})", places)
+    )
+    rewritten, nodes, weights, seconds = _numbers(report)
+    return [what, rewritten, nodes, f"<small>{html.escape(operators)}</small>", weights, seconds]
+
+
+def _numbers(report: PassReport) -> tuple[str, str, str, str]:
+    return (
+        f"{report.rewrites} of {report.matches}",
+        f"{report.nodes_before} → {report.nodes_after}",
+        _megabytes(report),
+        f"{report.seconds:.2f} s",
+    )
+
+
+def _megabytes(report: PassReport) -> str:
+    before, after = (f"{size / 1e6:.1f}" for size in (report.weight_bytes_before, report.weight_bytes_after))
+    return f"{after} MB" if before == after else f"{before} → {after} MB"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return "" if not number else f"{number} {one if number == 1 else many}"

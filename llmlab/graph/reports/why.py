@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+import onnx_graphsurgeon as gs
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from llmlab.errors import InputError, nearest
 from llmlab.graph.reports.diff import GraphDiff
-from llmlab.graph.reports.report import NearMiss, PassReport, Rewrite
+from llmlab.graph.reports.render import details, html_table, lines_html, lines_text, plain, tally
+from llmlab.graph.reports.report import History, NearMiss, PassReport, Rewrite, folded
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from llmlab.graph.graph import Graph
+_STATUS = {"fired": "bold green", "changed": "green", "near miss": "yellow"}
+_SAYS = {"changed": "fired elsewhere, changed this"}
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,62 @@ class Why:
     __repr__ = __str__
 
     def __rich__(self) -> RenderableType:
-        from llmlab.graph.reports.render import why_text
-
-        return why_text(self)
+        return _text(self)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        from llmlab.graph.reports.render import why_html
-
-        return {"text/plain": str(self), "text/html": why_html(self)}
+        return {"text/plain": str(self), "text/html": _html(self)}
 
 
-def why(graph: Graph, place: str) -> Why:
+def _text(found: Why) -> RenderableType:
+    parts: list[RenderableType] = [plain(found.place, "bold")]
+    if not found.passes:
+        parts.append(Text("no pass has run on this graph"))
+    for here in found.with_status(*_STATUS):
+        line = plain(here.report.title, "bold").append(f"  {_says(here)}", _STATUS[here.status])
+        if here.report.source:
+            line.append_text(plain(f"  {here.report.source}", "dim"))
+        parts += [line, *lines_text(_lines(here), "  ")]
+        parts += [plain(f"  {miss}", "yellow") for miss in folded(here.near_misses)]
+    if found.not_found:
+        parts.append(plain(f"pattern not found here: {', '.join(found.not_found)}", "dim"))
+    return Group(*parts)
+
+
+def _html(found: Why) -> str:
+    rows = [
+        [
+            f"<b>{html.escape(here.report.title)}</b><br><small>{html.escape(here.report.source)}</small>",
+            html.escape(_says(here)),
+            details("what changed" + tally(lines), lines_html(lines))
+            + "".join(f"<div><small>{html.escape(miss)}</small></div>" for miss in folded(here.near_misses)),
+        ]
+        for here in found.with_status(*_STATUS)
+        for lines in [_lines(here)]
+    ]
+    end = f"<div><small>pattern not found here: {html.escape(', '.join(found.not_found))}</small></div>"
+    return (
+        f"<div><b>{html.escape(found.place)}</b>{'' if found.passes else ': no pass has run on this graph'}</div>"
+        + (html_table(("pass", "what it did here", ""), rows) if rows else "")
+        + (end if found.not_found else "")
+    )
+
+
+def _lines(here: PassHere) -> list[str]:
+    return [line for block in here.diff.blocks() for line in block.texts[1:]]
+
+
+def _says(here: PassHere) -> str:
+    return f"fired {len(here.rewrites)}×" if here.rewrites else _SAYS.get(here.status, here.status)
+
+
+class HasHistory(Protocol):
+    """A `Graph`, or anything else with the surgeon's graph and the reports of its passes in it."""
+
+    surgeon: gs.Graph
+    history: History
+
+
+def why(graph: HasHistory, place: str) -> Why:
     """What each pass did at `place`, from the graph's history; `Graph.why` has the details."""
     here = _at(place)
     known = {node.name for node in graph.surgeon.nodes}
