@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -11,14 +11,12 @@ from onnx import helper
 
 from llmlab.errors import InputError
 from llmlab.graph.graph import OPSET
-
-if TYPE_CHECKING:
-    from llmlab.graph.operators.operator import Operator
+from llmlab.graph.operators.declaration import Declaration
 
 _TOLERANCE, _NARROW_TOLERANCE = 1e-4, 1e-2  # relative to the largest value; float32 and wider, float16
 
 
-def check(op: Operator, examples: Sequence[Any], attributes: dict[str, Any]) -> float:
+def check(op: Declaration, examples: Sequence[Any], attributes: dict[str, Any]) -> float:
     """See `Operator.check`."""
     if not examples:
         raise InputError(f"{op.name}: nothing to check; pass an array, or a tuple of them, for each example")
@@ -26,7 +24,7 @@ def check(op: Operator, examples: Sequence[Any], attributes: dict[str, Any]) -> 
     for number, example in enumerate(examples):
         arrays = [np.asarray(a) for a in (example if isinstance(example, tuple) else (example,))]
         where = f"{op.name}, example {number + 1}"
-        expected = [np.asarray(r) for r in op.as_list(op(*arrays, **attributes))]
+        expected = [np.asarray(r) for r in op.as_list(op.reference(*arrays, **attributes))]
         shapes = op.shapes(*(a.shape for a in arrays), **attributes)
         found = run_body(op, arrays, attributes)
         for i, (body, reference, shape) in enumerate(zip(found, expected, shapes, strict=True)):
@@ -59,7 +57,7 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(a[finite] - b[finite]).max() / max(np.abs(b[finite]).max(), np.finfo(np.float32).tiny))
 
 
-def run_body(op: Operator, arrays: Sequence[np.ndarray], attributes: dict[str, Any]) -> list[np.ndarray]:
+def run_body(op: Declaration, arrays: Sequence[np.ndarray], attributes: dict[str, Any]) -> list[np.ndarray]:
     """The ONNX body in ONNX Runtime, its optimisations off. Raises InputError where it doesn't run."""
     dtypes = op.dtypes(*(a.dtype for a in arrays), **attributes)
     given = {n: list(v) if isinstance(v, tuple) else v for n, v in attributes.items()}

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import sys
-import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx
-import onnx.shape_inference
 import onnx_graphsurgeon as gs
-from onnx import FunctionProto, TypeProto, helper
 
 from llmlab.errors import InputError
 from llmlab.graph.edit import Dim, Editor
-from llmlab.graph.graph import OPSET
-from llmlab.graph.operators.body import ATTRIBUTE_TYPES, IMPLEMENTATION, Attribute, AttributeValue, write_body
+from llmlab.graph.operators.check_operator import check
+from llmlab.graph.operators.declaration import Declaration, declare
 from llmlab.graph.operators.functions import add_function
-from llmlab.graph.operators.shapes import evaluate_rule
-
-Shape = Sequence[Dim]
-_RESERVED = frozenset(("ai", "aten", "com", "llmlab", "onnx", "onnx_symbolic", "prim", "prims", "quantized", "torch"))
-_METHODS = ("shape", "reference", "onnx")
-_operators: dict[tuple[str, str], Operator] = {}
+from llmlab.graph.operators.torch_operator import register
 
 
 class Launch(NamedTuple):
@@ -63,108 +53,38 @@ def operator(name: str, *, replace: bool = False) -> Callable[[type], Operator]:
     Raises InputError for a name that can't be or is taken, and for a declaration that is incomplete.
     """
 
-    def declare(declaration: type) -> Operator:
+    def decorate(declaration: type) -> Operator:
         if not isinstance(declaration, type):
             raise InputError(f"{name}: operator decorates a class, got {type(declaration).__name__}")
         made = Operator(name, declaration)
-        if made.key in _operators and not replace:
-            raise InputError(f"{name} is declared already: choose another name, or pass replace=True")
-        _operators[made.key] = made
+        declare(made, replace=replace)
         return made
 
-    return declare
+    return decorate
 
 
-def find(domain: str | None, op: str) -> Operator | None:
-    """The operator declared in this process that a node of this domain and type is, if there is one."""
-    return _operators.get((domain or "", op))
-
-
-class Operator:
+class Operator(Declaration):
     """A declared operator. Call it on NumPy arrays (the reference) or on torch tensors (code that is then exported)."""
-
-    def __init__(self, name: str, declaration: type) -> None:
-        self.name = name
-        self.domain, self.op = self.key = _parse(name)
-        self._declaration = declaration
-        self.__doc__ = inspect.getdoc(declaration)
-        for method in _METHODS:
-            if not inspect.isfunction(getattr(declaration, method, None)):
-                raise InputError(f"{name}: no method {method!r}; expected {', '.join(_METHODS)}")
-        self.has_kernel = hasattr(declaration, "triton")
-        self.inputs = self._input_names()
-        self.attributes = self._attribute_types()
-        refs = {n: Attribute(n, kind) for n, (kind, _) in self.attributes.items()}
-        try:
-            self.function: FunctionProto = write_body(
-                self.domain, self.op, self.inputs, self.attributes, self._with(refs).onnx
-            )
-        except Exception as problem:  # the method is the user's
-            raise InputError(f"{name}: its onnx() fails: {_line(problem)}") from problem
-        self.num_outputs = len(self.function.output)
-        self._torch: Any = None
 
     def __call__(self, *inputs: Any, **attributes: Any) -> Any:
         """The reference on NumPy arrays; on torch tensors the torch operator, which an export keeps as one node."""
-        given = self.attribute_values(attributes)
-        if len(inputs) != len(self.inputs):
-            raise InputError(
-                f"{self.name} takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), got {len(inputs)}"
-            )
         torch = sys.modules.get("torch")
-        if torch is not None and any(isinstance(i, torch.Tensor) for i in inputs):
-            return self.torch_op(*inputs, **given)
-        return self._with(given).reference(*(np.asarray(i) for i in inputs))
+        if torch is None or not any(isinstance(i, torch.Tensor) for i in inputs):
+            return self.reference(*inputs, **attributes)
+        given = self.attribute_values(attributes)
+        self.check_count(inputs)
+        return self.torch_op(*inputs, **given)
 
-    @property
+    @cached_property
     def torch_op(self) -> Any:
         """The operator registered with torch, from the first use on."""
-        from llmlab.graph.operators.torch_operator import register
-
-        self._torch = self._torch or register(self)
-        return self._torch
-
-    def attribute_values(self, given: dict[str, Any]) -> dict[str, AttributeValue]:
-        """Every attribute's value in a call that gives some. Raises InputError for unknown, missing or mistyped ones."""
-        if unknown := sorted(set(given) - set(self.attributes)):
-            raise InputError(
-                f"{self.name} has no attribute {unknown[0]!r}; it has {', '.join(self.attributes) or 'none'}"
-            )
-        values = {}
-        for name, (kind, default) in self.attributes.items():
-            value = given.get(name, default)
-            if value is None:
-                raise InputError(f"{self.name} wants the attribute {name!r}: it has no default")
-            values[name] = _typed(f"{self.name}: {name}", kind, value)
-        return values
-
-    def shapes(self, *shapes: Shape, **attributes: Any) -> list[list[Dim]]:
-        """Shapes of the outputs by the shape rule. Sizes may be symbols; one that depends on them is None."""
-        rule = self._with(self.attribute_values(attributes)).shape
-        return evaluate_rule(self.name, lambda *s: self.as_list(rule(*s)), shapes)
-
-    def as_list(self, results: Any) -> list[Any]:
-        """What a method returns, an entry per output."""
-        return [results] if self.num_outputs == 1 else list(results)
-
-    def dtypes(self, *dtypes: np.dtype, **attributes: Any) -> list[np.dtype]:
-        """Types of the outputs for inputs of these types, inferred from the body."""
-        types = [TypeProto(tensor_type=TypeProto.Tensor(elem_type=helper.np_dtype_to_tensor_dtype(d))) for d in dtypes]
-        given = [helper.make_attribute(k, v) for k, v in self.attribute_values(attributes).items() if v != ()]
-        try:
-            results = onnx.shape_inference.infer_function_output_types(self.function, types, given)
-            return [np.dtype(helper.tensor_dtype_to_np_dtype(t.tensor_type.elem_type)) for t in results]
-        except Exception as problem:  # onnx raises its own
-            names = ", ".join(str(d) for d in dtypes)
-            raise InputError(
-                f"{self.name}: its body does not take inputs of type {names}: {_line(problem)}"
-            ) from problem
+        return register(self)
 
     def launch(self, *shapes: tuple[int, ...], **attributes: Any) -> Launch:
         """The Triton kernel for inputs of these shapes. Raises InputError where none is declared."""
         if not self.has_kernel:
             raise InputError(f"{self.name} declares no Triton kernel")
-        made = self._with(self.attribute_values(attributes)).triton(*shapes)
+        made = self.with_attributes(**attributes).triton(*shapes)
         if not isinstance(made, Launch):
             raise InputError(f"{self.name}: its triton() returns {type(made).__name__}, expected a Launch")
         return made
@@ -188,87 +108,4 @@ class Operator:
 
         Raises InputError that names the example where they differ: by more than 1e-4, in float16 by more than 1e-2.
         """
-        from llmlab.graph.operators.check_operator import check
-
         return check(self, examples, self.attribute_values(attributes))
-
-    def __repr__(self) -> str:
-        known = [
-            f"{n}: {getattr(k, '__name__', k)}" + ("" if d is None else f" = {d!r}")
-            for n, (k, d) in self.attributes.items()
-        ]
-        arguments = ", ".join([*self.inputs, *(["*", *known] if known else [])])
-        kernel = "a Triton kernel" if self.has_kernel else "no Triton kernel"
-        return f"{self.name}({arguments}): {len(self.function.node)} nodes in ONNX, {kernel}"
-
-    def with_attributes(self, **attributes: Any) -> Any:
-        """An instance of the declaration whose attributes have these values: what its methods see as `self`."""
-        return self._with(self.attribute_values(attributes))
-
-    def _with(self, values: dict[str, Any]) -> Any:
-        instance: Any = object.__new__(self._declaration)
-        instance.__dict__.update(values)
-        return instance
-
-    def _input_names(self) -> tuple[str, ...]:
-        found = {}
-        for method, skipped in (("reference", 1), ("shape", 1), ("onnx", 2)):
-            parameters = list(inspect.signature(getattr(self._declaration, method)).parameters.values())[skipped:]
-            if any(p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty for p in parameters):
-                raise InputError(f"{self.name}: the inputs of {method}() must be plain parameters without defaults")
-            found[method] = tuple(p.name for p in parameters)
-        names = found["reference"]
-        if not names:
-            raise InputError(f"{self.name}: reference() takes no input; expected at least one beside self")
-        for method, other in found.items():
-            if len(other) != len(names):
-                raise InputError(f"{self.name}: reference() takes {len(names)} inputs, {method}() takes {len(other)}")
-        return names
-
-    def _attribute_types(self) -> dict[str, tuple[Any, AttributeValue | None]]:
-        try:
-            hints = typing.get_type_hints(self._declaration)
-        except Exception as problem:  # an annotation that names nothing
-            raise InputError(f"{self.name}: an annotation can't be read: {_line(problem)}") from problem
-        result = {}
-        for name, kind in hints.items():
-            if kind not in ATTRIBUTE_TYPES:
-                known = ", ".join(
-                    getattr(k, "__name__", str(k)) if k in (float, int, str) else str(k) for k in ATTRIBUTE_TYPES
-                )
-                raise InputError(f"{self.name}: {name} is annotated {kind!r}; expected one of {known}")
-            if name == IMPLEMENTATION or name in self.inputs or name.startswith("_"):
-                raise InputError(f"{self.name}: an attribute can't be called {name!r}: choose another name")
-            default = getattr(self._declaration, name, None)
-            result[name] = (kind, None if default is None else _typed(f"{self.name}: {name}", kind, default))
-        return result
-
-
-def _parse(name: str) -> tuple[str, str]:
-    match = re.fullmatch(r"([a-z]\w*)::([A-Za-z]\w*)", name, re.ASCII) if isinstance(name, str) else None
-    if match is None:
-        raise InputError(f"the operator's name is {name!r}; expected 'domain::name', such as 'mylab::clipped_silu'")
-    domain, op = match.groups()
-    if domain in _RESERVED:
-        raise InputError(f"{name}: the domain {domain!r} is reserved: choose one of your own")
-    if onnx.defs.has(op, max_inclusive_version=OPSET, domain=""):
-        raise InputError(f"{name}: ONNX has an operator {op!r}, which passes would take it for: choose another name")
-    return domain, op
-
-
-def _typed(where: str, kind: Any, value: Any) -> AttributeValue:
-    """`value` as an attribute of type `kind`; whole numbers and lists are taken for what they stand for."""
-    if kind in (tuple[int, ...], tuple[float, ...]) and isinstance(value, (list, tuple)):
-        item = typing.get_args(kind)[0]
-        return tuple(typing.cast(Any, _typed(where, item, v)) for v in value)
-    fits = isinstance(value, (kind, int) if kind is float else kind) if kind in (float, int, str) else False
-    if not fits or isinstance(value, bool):
-        raise InputError(
-            f"{where} is {value!r}, expected {getattr(kind, '__name__', kind) if kind in (float, int, str) else kind}"
-        )
-    return float(value) if kind is float else value
-
-
-def _line(problem: BaseException) -> str:
-    text = " ".join(str(problem).split()) or type(problem).__name__
-    return text if isinstance(problem, InputError) else f"{type(problem).__name__}: {text}"

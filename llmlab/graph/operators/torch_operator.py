@@ -10,19 +10,17 @@ import onnx
 
 from llmlab.errors import require
 from llmlab.graph.graph import OPSET
-from llmlab.graph.operators import operator as declared
 from llmlab.graph.operators.body import AttributeValue, onnx_type
+from llmlab.graph.operators.declaration import Declaration, find
 
 if TYPE_CHECKING:
     import torch
 
-    from llmlab.graph.operators.operator import Operator
-
 _SCHEMA = {float: "float", int: "int", str: "str", tuple[int, ...]: "int[]", tuple[float, ...]: "float[]"}
-_registered: dict[tuple[str, str], tuple[Operator, Any]] = {}
+_registered: dict[tuple[str, str], tuple[Declaration, Any]] = {}
 
 
-def register(op: Operator) -> Callable[..., Any]:
+def register(op: Declaration) -> Callable[..., Any]:
     """Register `op` with torch and return it, callable on tensors. It computes with the NumPy reference, on the CPU."""
     require("torch", "export")
     import torch
@@ -60,13 +58,13 @@ def add_functions(model: onnx.ModelProto) -> None:
     """Give the model the bodies of the declared operators that it calls."""
     there = {(f.domain, f.name) for f in model.functions}
     for node in model.graph.node:
-        op = declared.find(node.domain, node.op_type)
+        op = find(node.domain, node.op_type)
         if op is not None and op.key not in there:
             there.add(op.key)
             model.functions.append(op.function)
 
 
-def _schema(op: Operator) -> str:
+def _schema(op: Declaration) -> str:
     tensors = [f"Tensor {name}" for name in op.inputs]
     attributes = []
     for name, (kind, default) in op.attributes.items():
@@ -77,7 +75,7 @@ def _schema(op: Operator) -> str:
     return f"({arguments}) -> " + (returns if op.num_outputs == 1 else f"({returns})")
 
 
-def _dtypes(op: Operator, tensors: tuple[torch.Tensor, ...], attributes: dict[str, Any]) -> list[torch.dtype]:
+def _dtypes(op: Declaration, tensors: tuple[torch.Tensor, ...], attributes: dict[str, Any]) -> list[torch.dtype]:
     import ml_dtypes  # noqa: F401 (np.dtype knows bfloat16 from here)
     import torch
 
@@ -85,7 +83,7 @@ def _dtypes(op: Operator, tensors: tuple[torch.Tensor, ...], attributes: dict[st
     return [getattr(torch, dtype.name) for dtype in op.dtypes(*given, **attributes)]
 
 
-def _translation(op: Operator) -> Callable[..., Any]:
+def _translation(op: Declaration) -> Callable[..., Any]:
     from onnxscript.values import Op, Opset
 
     schema = onnx.defs.OpSchema
