@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from llmlab.cli import options
 from llmlab.cli.one_line import OneLineErrors
 from llmlab.errors import InputError
 
@@ -25,7 +26,6 @@ _EPILOG = """\
 An error is one line, with exit code 2; `LLMLAB_DEBUG=1` shows where it came from.
 """
 
-
 app = typer.Typer(
     cls=OneLineErrors,
     help="From a language-model checkpoint to a fast engine, one visible step at a time.",
@@ -36,30 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Source = Annotated[
-    str, typer.Argument(help="Checkpoint folder, hub id (org/model), the name `tinychat`, or an `.onnx` file.")
-]
-Config = Annotated[
-    Path | None,
-    typer.Option(help="For an `.onnx` file: its model's config.json.", show_default="the one beside it"),
-]
-EngineFolder = Annotated[Path, typer.Argument(help="Engine folder that `llmlab build` wrote.")]
-Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; there whole or not at all.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, for scripts.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="physical cores")]
-Sequences = Annotated[int, typer.Option("--max-num-seqs", min=1, help="Most sequences in flight.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate for a prompt.")]
-_FROM_ENGINE = "the engine's"
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default=_FROM_ENGINE)]
-TopK = Annotated[int | None, typer.Option(help="Keep the k most likely tokens; 0 is off.", show_default=_FROM_ENGINE)]
-TopP = Annotated[float | None, typer.Option(help="Keep this much probability; 1 is off.", show_default=_FROM_ENGINE)]
-MinP = Annotated[float, typer.Option(help="Drop tokens this much less likely than the best; 0 is off.")]
-Repetition = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 discourages repeating; 1 is off.")]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.", show_default="random")]
-Stop = Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -73,12 +49,12 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def export(
-    source: Source,
-    output: Output,
-    config: Config = None,
-    trust_remote_code: TrustRemoteCode = False,
-    force: Force = False,
-    as_json: Json = False,
+    source: options.Source,
+    output: options.Output,
+    config: options.Config = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    force: options.Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Export a checkpoint, or an ONNX file from elsewhere, to a plain ONNX graph.
 
@@ -99,9 +75,9 @@ def export(
 @app.command()
 def optimize(
     graph_folder: Annotated[Path, typer.Argument(metavar="GRAPH", help="Graph folder that `llmlab export` wrote.")],
-    output: Output,
-    force: Force = False,
-    as_json: Json = False,
+    output: options.Output,
+    force: options.Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Rewrite a plain graph into the serving graph (packed tokens, paged attention) and show what each pass did.
 
@@ -124,7 +100,7 @@ def build(
     source: Annotated[
         str, typer.Argument(help="Checkpoint folder, hub id, `tinychat`, an `.onnx` file, or a graph folder.")
     ],
-    output: Output,
+    output: options.Output,
     target: Annotated[str, typer.Option(help="What the engine runs on.")] = "onnxruntime",
     max_seq_len: Annotated[
         int | None,
@@ -133,10 +109,10 @@ def build(
     max_tokens_per_step: Annotated[
         int | None, typer.Option(min=1, help="Most tokens that one step works on.", show_default="256")
     ] = None,
-    config: Config = None,
-    trust_remote_code: TrustRemoteCode = False,
-    force: Force = False,
-    as_json: Json = False,
+    config: options.Config = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    force: options.Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Build an engine: export, optimize and build in one go, or only what a graph folder still needs.
 
@@ -168,23 +144,23 @@ def build(
 
 @app.command()
 def run(
-    engine: EngineFolder,
+    engine: options.EngineFolder,
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts; `-` reads one from standard input.")],
-    max_tokens: MaxTokens = 128,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = 0.0,
-    repetition_penalty: Repetition = 1.0,
-    seed: Seed = None,
-    stop: Stop = None,
+    max_tokens: options.MaxTokens = 128,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.Repetition = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Use the chat template or not.", show_default="if there is one")
     ] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Prompts are token ids, such as `1,15,7`.")] = False,
-    threads: Threads = None,
-    max_num_seqs: Sequences = 8,
-    as_json: Json = False,
+    threads: options.Threads = None,
+    max_num_seqs: options.Sequences = 8,
+    as_json: options.Json = False,
 ) -> None:
     """Answer prompts, as a stream to the terminal.
 
@@ -209,16 +185,16 @@ def run(
 
 @app.command()
 def chat(
-    engine: EngineFolder,
+    engine: options.EngineFolder,
     system: Annotated[str | None, typer.Option(help="System message at the start of the conversation.")] = None,
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = 0.0,
-    repetition_penalty: Repetition = 1.0,
-    seed: Seed = None,
-    threads: Threads = None,
+    max_tokens: options.MaxTokens = 512,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.Repetition = 1.0,
+    seed: options.Seed = None,
+    threads: options.Threads = None,
 ) -> None:
     """Talk to an engine in the terminal. Ctrl-C stops an answer; `/help` lists the commands.
 
@@ -242,13 +218,13 @@ def chat(
 
 @app.command()
 def bench(
-    engine: EngineFolder,
+    engine: options.EngineFolder,
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas between them.")] = "1,8",
     prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
     output_len: Annotated[int, typer.Option(min=2, help="Tokens to generate for each prompt.")] = 64,
     repeat: Annotated[int, typer.Option(min=1, help="Measure this often and report the best.")] = 3,
-    threads: Threads = None,
-    as_json: Json = False,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
 ) -> None:
     """Measure prefill and decode speed on random tokens, in tokens per second.
 
@@ -267,7 +243,7 @@ def inspect(
         str | None,
         typer.Argument(help="Checkpoint folder, `tinychat`, `.onnx` file, graph or engine folder.", show_default=False),
     ] = None,
-    config: Config = None,
+    config: options.Config = None,
     why: Annotated[
         str | None,
         typer.Option(metavar="PLACE", help="What each pass did at a part of the graph, such as `layers.0.self_attn`."),
@@ -281,8 +257,8 @@ def inspect(
     architectures: Annotated[
         bool, typer.Option("--architectures", help="Show the model families that were measured against transformers.")
     ] = False,
-    threads: Threads = None,
-    as_json: Json = False,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
 ) -> None:
     """Show what a checkpoint, a graph or an engine holds; of a graph, also what its passes did, and why or why not.
 
@@ -305,15 +281,13 @@ def inspect(
     )
     if passes:
         show.passes(path or "tinychat", config=config, threads=threads, as_json=as_json)
-        return
-    if architectures:
-        if path is not None:
-            raise InputError("--architectures shows what was measured and takes no path")
+    elif architectures and path is not None:
+        raise InputError("--architectures shows what was measured and takes no path")
+    elif architectures:
         show.architectures(as_json=as_json)
-        return
-    if path is None:
+    elif path is None:
         raise InputError("give a checkpoint, a graph or an engine to look at; see llmlab inspect --help")
-    if why is not None:
+    elif why is not None:
         show.found(show.graph_folder(path).why(why), as_json=as_json)
     elif diff is not None:
         show.found(show.graph_folder(path).diff(show.graph_folder(diff)), as_json=as_json)

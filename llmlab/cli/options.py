@@ -1,0 +1,32 @@
+"""Arguments and options that several verbs have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Source = Annotated[
+    str, typer.Argument(help="Checkpoint folder, hub id (org/model), the name `tinychat`, or an `.onnx` file.")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="For an `.onnx` file: its model's config.json.", show_default="the one beside it"),
+]
+EngineFolder = Annotated[Path, typer.Argument(help="Engine folder that `llmlab build` wrote.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; there whole or not at all.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, for scripts.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="physical cores")]
+Sequences = Annotated[int, typer.Option("--max-num-seqs", min=1, help="Most sequences in flight.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate for a prompt.")]
+_FROM_ENGINE = "the engine's"
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default=_FROM_ENGINE)]
+TopK = Annotated[int | None, typer.Option(help="Keep the k most likely tokens; 0 is off.", show_default=_FROM_ENGINE)]
+TopP = Annotated[float | None, typer.Option(help="Keep this much probability; 1 is off.", show_default=_FROM_ENGINE)]
+MinP = Annotated[float, typer.Option(help="Drop tokens this much less likely than the best; 0 is off.")]
+Repetition = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 discourages repeating; 1 is off.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.", show_default="random")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")]
