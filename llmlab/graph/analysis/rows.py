@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.analysis.row_rules import RULES, SHAPE_OPERANDS, Rows, constant_rows
+from llmlab.graph.analysis.row_facts import Rows
+from llmlab.graph.analysis.row_rules import RULES, SHAPE_OPERANDS, constant_rows
 from llmlab.graph.edit import Dim, constant_expression
 from llmlab.graph.graph import LLMLAB_DOMAIN, TOKENS, Graph
 from llmlab.graph.operators.functions import inlined
