@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmlab.graph.edit import Editor, ints, operand, other, producer, scope, sort_nodes
-from llmlab.graph.passes.merge_products import linear, product
+from llmlab.graph.linear import linear, product
 
 
 def split_products(edit: Editor, keep: set[int]) -> None:

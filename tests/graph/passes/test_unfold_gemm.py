@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from small_graphs import apply, ops, refused, rows, same, small_graph, weights
 
-from llmlab.graph.passes.merge_products import linear
+from llmlab.graph.linear import linear
 from llmlab.graph.passes.unfold_gemm import UnfoldGemm
 
 GIVEN = {**weights(w=(8, 6), wt=(6, 8), b=(6,)), "b2": rows(1, 6), "c": rows(3, 6), "s": rows(1)}
