@@ -129,7 +129,7 @@ def architectures(*, as_json: bool) -> None:
     table = Table("family", "what there is to get right", "error", "a mistake makes", title="Held against transformers")
     for family in found["families"]:
         table.add_row(
-            escape(family["family"]), escape(family["features"]), f"{family['error']:.0e}", f"{family['control']:.1f}"
+            escape(family["family"]), escape(family["features"]), f"{family['error']:.0e}", f"{family['control']:.2f}"
         )
     console.print(table)
     console.print(f"Worst relative error of the logits, ragged batches with a preemption; {found['date']}, {versions}")

@@ -31,7 +31,7 @@ def markdown() -> str:
     lines = [
         "| family | what there is to get right | error | a mistake makes |",
         "|---|---|---|---|",
-        *(f"| {f['family']} | {f['features']} | {f['error']:.0e} | {f['control']:.1f} |" for f in found["families"]),
+        *(f"| {f['family']} | {f['features']} | {f['error']:.0e} | {f['control']:.2f} |" for f in found["families"]),
         "",
         f"Random weights, ragged and chunked batches, {min((f['decode_steps'] for f in found['families']), default=0)} decode steps and "
         "a preemption, on ONNX Runtime. *Error*: the logits' largest difference from transformers' cached generation, of the largest logit. "
