@@ -13,6 +13,7 @@ class Family:
     config: dict[str, Any]
     features: str
     slow: bool = False  # adds little to what a quick one shows
+    max_seq_len: int | None = None  # what the export is given
 
 
 def _rope(kind: str, **more: Any) -> dict[str, Any]:
@@ -89,13 +90,23 @@ FAMILIES: dict[str, Family] = {
         "two RoPE bases, windows in most layers, q and k normed",
     ),
     "phi3": Family({"model_type": "phi3"}, "fused QKV and gate/up"),
-    "phi3 (long RoPE)": Family(
+    "phi3 (longrope, short)": Family(
         {"model_type": "phi3", "original_max_position_embeddings": 64, **_rope("longrope", **_LONG)},
-        "short and long RoPE factors",
+        "RoPE factors of sequences up to the original length",
+        slow=True,
+    ),
+    "phi3 (longrope, long)": Family(
+        {"model_type": "phi3", "original_max_position_embeddings": 16, **_rope("longrope", **_LONG)},
+        "RoPE factors of longer sequences, attention scaled",
+        max_seq_len=64,
     ),
     "gpt2": Family(
         {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_positions": 64, "n_embd": 64, "tie_word_embeddings": True},
         "learned positions, LayerNorm, fused QKV, tied head",
+    ),
+    "gptj": Family(
+        {"model_type": "gptj", "n_layer": 2, "n_head": 4, "n_positions": 64, "n_embd": 64, "rotary_dim": 8},
+        "interleaved partial RoPE, parallel residual",
     ),
     "gpt_neo": Family(
         {

@@ -122,6 +122,18 @@ def cached_generation(model: Any, plan: Plan, vocab: int) -> list[NDArray[np.flo
     return result
 
 
+def all_at_once(model: Any, plan: Plan, vocab: int, length: int) -> list[NDArray[np.float32]]:
+    """Logits [tokens, vocab] of each sequence from transformers without a cache; tokens behind it make it `length` long."""
+    import torch
+
+    result = []
+    for tokens in plan.tokens(vocab):
+        ids = torch.tensor([[*tokens, *[0] * (length - len(tokens))]])
+        with torch.no_grad():
+            result.append(model(input_ids=ids, use_cache=False).logits[0, : len(tokens)].numpy())
+    return result
+
+
 def paged_tables(plan: Plan, block_size: int, num_blocks: int, seed: int = 1) -> NDArray[np.int32]:
     """Block tables with blocks handed out in random order; unused entries are -1."""
     free = list(np.random.default_rng(seed).permutation(num_blocks))
