@@ -51,6 +51,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def export(
     source: options.Source,
     output: options.Output,
+    max_seq_len: options.ExportLength = None,
     config: options.Config = None,
     trust_remote_code: options.TrustRemoteCode = False,
     force: options.Force = False,
@@ -67,7 +68,7 @@ def export(
 
     show.check_output(output, force=force)
     with show.working(f"exporting {source}"):
-        graph = ll.export(source, config=config, trust_remote_code=trust_remote_code)
+        graph = ll.export(source, config=config, trust_remote_code=trust_remote_code, max_seq_len=max_seq_len)
         graph.save(output, overwrite=force)
     show.graph(graph, output, as_json=as_json)
 
@@ -126,7 +127,7 @@ def build(
         graph = show.open_graph(source)
         if graph is None:
             now(f"exporting {source}")
-            graph = ll.export(source, config=config, trust_remote_code=trust_remote_code)
+            graph = ll.export(source, config=config, trust_remote_code=trust_remote_code, max_seq_len=max_seq_len)
         if graph.kind == "plain":
             now("optimizing the graph")
             graph = ll.optimize(graph)

@@ -17,6 +17,14 @@ Config = Annotated[
 EngineFolder = Annotated[Path, typer.Argument(help="Engine folder that `llmlab build` wrote.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; there whole or not at all.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+ExportLength = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Longest sequence; chooses between RoPE factors for short and long ones.",
+        show_default="the model's",
+    ),
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, for scripts.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="physical cores")]

@@ -54,7 +54,7 @@ def export(
     if isinstance(source, (str, Path)) and str(source).endswith(ONNX_SUFFIX):
         if tokenizer is not None:
             raise InputError("tokenizer goes with a torch module; an ONNX file has its tokenizer.json beside it")
-        return open_onnx(Path(source).expanduser(), config)
+        return open_onnx(Path(source).expanduser(), config, max_seq_len=max_seq_len)
     torch = require("torch", "export")
     require("onnxscript", "export")
     if isinstance(source, torch.nn.Module):

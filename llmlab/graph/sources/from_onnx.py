@@ -31,19 +31,24 @@ _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _SMALL = 1024  # bytes; smaller constants stay in the protobuf, where the passes read them
 
 
-def open_onnx(path: Path, config: Mapping[str, Any] | ModelConfig | str | Path | None = None) -> Graph:
+def open_onnx(
+    path: Path,
+    config: Mapping[str, Any] | ModelConfig | str | Path | None = None,
+    *,
+    max_seq_len: int | None = None,
+) -> Graph:
     """A plain graph from `path`, an ONNX file with inputs `input_ids`, optionally `position_ids` and `attention_mask`
     (integers [batch, sequence]), and the output `logits` [batch, sequence, vocab].
 
     config: a Hugging Face config, the path of a config.json, or None for the one beside the file. Tokenizer files
-    beside it come along. Initializers keep their names; those in other files of the folder become memory maps.
+    beside it come along. max_seq_len: longest sequence in tokens, None for the config's. Initializers keep their names; those in other files of the folder become memory maps.
     Opsets 13 and later are brought to the project's; float16 and bfloat16 graphs compute in float32, on weights as they
     are stored. Positions that the graph works out itself become the input `position_ids`, and the attention mask, which
     only tells padding from tokens, becomes ones: the serving graph has no padding. What the file declares about types and
     shapes inside the graph is not believed but inferred.
     Raises GraphError for a file that is damaged or contradicts itself, UnsupportedModelError for one of another kind.
     """
-    model_config = _config(path, config)
+    model_config = _config(path, config).limited(max_seq_len)
     assets = {n: read_bytes(path.parent / n, GraphError) for n in ASSETS if (path.parent / n).is_file()}
     model = parse_onnx(path)
     where = str(path)

@@ -203,6 +203,14 @@ def test_the_config(store: Store, tmp_path: Path) -> None:
         export(path, config=tmp_path / "nowhere.json")
 
 
+def test_the_longest_sequence_is_as_asked(store: Store, tmp_path: Path) -> None:
+    path = altered(store, tmp_path, lambda m: None)
+    assert export(path).config.max_position_embeddings == tiny.MAX_LEN
+    assert export(path, max_seq_len=16).config.max_position_embeddings == 16
+    with pytest.raises(InputError, match=f"max_seq_len is 65, but the model takes sequences of up to {tiny.MAX_LEN}"):
+        export(path, max_seq_len=65)
+
+
 def test_what_the_file_says_of_shapes_inside_is_not_believed(store: Store, tmp_path: Path) -> None:
     def lie(model: onnx.ModelProto) -> None:
         names = [n.output[0] for n in model.graph.node]

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import steps
 import tiny
+from typer.testing import CliRunner
 
+from llmlab import cli
 from llmlab.config import ModelConfig
 from llmlab.errors import InputError, UnsupportedModelError
 from llmlab.graph.export import export
+from llmlab.graph.graph import Graph
 from llmlab.graph.interpret import Interpreter
 from llmlab.graph.optimize import optimize
 from llmlab.graph.sources.rope_config import freeze_rope, rope_limit
@@ -66,6 +69,14 @@ def errors(serving: Any, plan: steps.Plan, expected: list[np.ndarray]) -> float:
         for batch, rows in steps.batches(plan, tiny.VOCAB, steps.paged_tables(plan, 4, 48), steps.all_rows)
     ]
     return max(found)
+
+
+def test_the_command_line_chooses_too(tmp_path: Path) -> None:
+    folder = tiny.write_checkpoint(tmp_path / "c", {"model_type": "phi3", **longrope()})
+    arguments = ["export", str(folder), "-o", str(tmp_path / "plain"), "--max-seq-len", "64"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert Graph.load(tmp_path / "plain").config.max_position_embeddings == 64
 
 
 @pytest.mark.slow
