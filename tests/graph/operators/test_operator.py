@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 import tiny
-from llmlab.graph.operators.declaration import find
 from my_operators import clipped_silu, running_mean, split_norm
 from small_graphs import ops, rows, run, same, small_graph
 
@@ -21,6 +20,7 @@ from llmlab.config import ModelConfig
 from llmlab.errors import GraphError, InputError
 from llmlab.graph.edit import Editor, scope
 from llmlab.graph.interpret import Interpreter
+from llmlab.graph.operators.declaration import find
 from llmlab.graph.operators.operator import Operator, operator
 from llmlab.graph.rewrite import Match, Pass
 
