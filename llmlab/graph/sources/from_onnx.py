@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from llmlab.checkpoint import ASSETS
 from llmlab.config import ModelConfig
@@ -23,7 +22,7 @@ from llmlab.graph.sources.naming import name_nodes
 from llmlab.graph.sources.opset import check_age, convert_opset
 from llmlab.graph.store.check import check_model
 from llmlab.graph.store.external import map_external
-from llmlab.graph.store.storage import from_proto, parse_onnx
+from llmlab.graph.store.storage import fill_constants, from_proto, parse_onnx
 
 ONNX_SUFFIX = ".onnx"
 _TOKENS, _POSITIONS, _MASK, _LOGITS = "input_ids", "position_ids", "attention_mask", "logits"
@@ -238,13 +237,7 @@ def _import(model: ModelProto, arrays: Mapping[str, np.ndarray], where: str, lon
         info = logits if name == logits.name else graph.value_info.add()
         info.CopyFrom(helper.make_tensor_value_info(name, elem_type, shape))
     surgeon = from_proto(model)
-    for tensor in surgeon.tensors().values():
-        if isinstance(tensor, gs.Constant):
-            tensor.data_location = None
-            if tensor.name in arrays:
-                tensor._values = arrays[tensor.name]
-            elif isinstance(tensor._values, LazyValues):
-                tensor._values = numpy_helper.to_array(tensor._values.tensor)
+    fill_constants(surgeon, arrays)
     return surgeon
 
 

@@ -168,14 +168,19 @@ def read_onnx(
     arrays = map_external(path, proto.graph.initializer, weights, references)
     try:
         graph = from_proto(proto)
-        for tensor in graph.tensors().values():
-            if isinstance(tensor, gs.Constant):
-                tensor.data_location = None
-                if tensor.name in arrays:
-                    tensor._values = arrays[tensor.name]
-                elif isinstance(tensor._values, LazyValues):
-                    tensor._values = onnx.numpy_helper.to_array(tensor._values.tensor)
+        fill_constants(graph, arrays)
     except Exception as problem:  # the surgeon and onnx raise whatever a malformed field makes of them
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise GraphError(f"{path}: malformed ({reason}): altered, export it again") from problem
     return graph
+
+
+def fill_constants(graph: gs.Graph, arrays: Mapping[str, np.ndarray]) -> None:
+    """Give constants the array of their name, and those that have none what the model itself holds for them."""
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant):
+            tensor.data_location = None
+            if tensor.name in arrays:
+                tensor._values = arrays[tensor.name]
+            elif isinstance(tensor._values, LazyValues):
+                tensor._values = onnx.numpy_helper.to_array(tensor._values.tensor)
