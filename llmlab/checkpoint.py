@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +17,10 @@ import numpy as np
 
 from llmlab.config import ModelConfig, token_ids
 from llmlab.errors import CheckpointError, InputError
-from llmlab.files import plain_name, read_bytes, read_json
+from llmlab.files import open_regular, plain_name, read_bytes, read_json
 
 _HEADER_LIMIT = 100 << 20  # bytes, what the safetensors format allows
+_SHOWN = 80  # characters of a name
 _MOST_AXES = 32  # what every numpy can map
 _DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -51,6 +55,10 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def end(self) -> int:
+        return self.offset + self.dtype.itemsize * math.prod(self.shape)
+
     def map(self) -> np.ndarray:
         """The tensor as a read-only memory map: no bytes are read until they are used."""
         if 0 in self.shape or not self.shape:
@@ -60,16 +68,19 @@ class StoredTensor:
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, after checking that the header fits the file. Raises CheckpointError."""
+    """The tensors of one file, after checking that the header fits the file: the tensors fill it, without overlapping.
+
+    Raises CheckpointError.
+    """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(_HEADER_LIMIT, size - 8):
                 raise CheckpointError(
                     f"{path}: header of {length} bytes in a file of {size}: truncated or not safetensors"
                 )
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length).decode(), object_pairs_hook=lambda pairs: _object(path, pairs))
     except OSError as problem:
         raise CheckpointError(f"{path}: can't be read ({problem.strerror or problem})") from problem
     except (ValueError, RecursionError) as problem:
@@ -77,7 +88,35 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its header is not a JSON object: not safetensors")
     header.pop("__metadata__", None)
-    return {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    tensors = {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    _check_filled(path, tensors, 8 + length, size)
+    return tensors
+
+
+def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that is there twice, two readers may take different values."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise CheckpointError(f"{path}: its header has {twice[:_SHOWN]!r} twice: altered, fetch it again")
+    return found
+
+
+def _check_filled(path: Path, tensors: Mapping[str, StoredTensor], base: int, size: int) -> None:
+    """That the tensors fill the bytes from `base` to `size`, as the format demands: nothing is hidden between them."""
+    at = base
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].end)):
+        if stored.offset < at:
+            raise CheckpointError(
+                f"{path}: {name!r} overlaps another tensor at byte {stored.offset}: altered, fetch it again"
+            )
+        if stored.offset > at:
+            raise CheckpointError(
+                f"{path}: no tensor fills bytes {at} to {stored.offset}, before {name!r}: altered, fetch it again"
+            )
+        at = stored.end
+    if at != size:
+        raise CheckpointError(f"{path}: no tensor fills bytes {at} to {size}, the file's last: altered, fetch it again")
 
 
 def _stored(path: Path, name: str, entry: Any, base: int, size: int) -> StoredTensor:

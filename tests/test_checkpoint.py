@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,10 @@ LIES = {
     "negative offset": (entry(offsets=(-16, 0)), "can't fill bytes"),
     "backwards": (entry(offsets=(16, 0)), "can't fill bytes"),
     "past the end": (entry(offsets=(16, 32)), "ends at byte"),
+    "boolean offset": (entry(shape=(4, 3), offsets=(False, 48)), "can't fill bytes False to 48"),
+    "negative in a shape": (entry(shape=(-4,)), "can't fill bytes"),
+    "a number of many digits": (entry(shape=(10**400,)), "can't fill bytes"),
+    "a hole before it": (entry(shape=(3,), offsets=(4, 16)), "no tensor fills bytes"),
     "offsets of text": (entry(offsets="ab"), "can't fill bytes"),
 }
 
@@ -102,6 +107,55 @@ LIES = {
 def test_headers_that_lie(tmp_path: Path, lie: Any, reason: str) -> None:
     path = write_raw(tmp_path / "x.safetensors", {"w": lie}, b"\0" * 16)
     assert reason in refusal(path) and "'w'" in refusal(path)
+
+
+WHOLE = {
+    "overlapping": ({"v": entry(shape=(3,), offsets=(0, 12)), "w": entry(shape=(2,), offsets=(8, 16))}, "'w' overlaps"),
+    "the same bytes twice": ({"v": entry(), "w": entry()}, "overlaps another tensor at byte"),
+    "a hole between": (
+        {"v": entry(shape=(1,), offsets=(0, 4)), "w": entry(shape=(2,), offsets=(8, 16))},
+        "before 'w': altered",
+    ),
+    "a hole at the end": ({"w": entry(shape=(2,), offsets=(0, 8))}, "the file's last: altered"),
+    "no tensors, but bytes": ({}, "the file's last: altered"),
+    "a name twice": (
+        b'{"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "w": {"dtype": "I32", "shape": [4], "data_offsets": [0, 16]}}',
+        "its header has 'w' twice",
+    ),
+    "a key twice": (
+        b'{"w": {"dtype": "F32", "dtype": "I32", "shape": [4], "data_offsets": [0, 16]}}',
+        "its header has 'dtype' twice",
+    ),
+    "a name that is not UTF-8": (
+        b'{"\xff": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}',
+        "its header is not valid JSON",
+    ),
+    "UTF-16": ('{"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'.encode("utf-16"), "not valid JSON"),
+    "an offset of many digits": (
+        b'{"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, ' + b"9" * 9000 + b"]}}",
+        "not valid JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize(("header", "reason"), WHOLE.values(), ids=WHOLE)
+def test_headers_that_do_not_describe_the_file(tmp_path: Path, header: Any, reason: str) -> None:
+    assert reason in refusal(write_raw(tmp_path / "x.safetensors", header, b"\0" * 16))
+
+
+def test_tensors_that_follow_each_other_in_any_order(tmp_path: Path) -> None:
+    """The control: what the cases above would be, if they were right. Empty tensors may lie anywhere between."""
+    entries = {
+        "w": entry(shape=(2,), offsets=(8, 16)),
+        "nothing": entry(shape=(0, 3), offsets=(8, 8)),
+        "v": entry(shape=(2,), offsets=(0, 8)),
+    }
+    assert set(read_safetensors(write_raw(tmp_path / "x.safetensors", entries, b"\0" * 16))) == set(entries)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.safetensors")
+    assert "not a regular file" in refusal(tmp_path / "x.safetensors")
 
 
 def test_a_name_with_a_newline_stays_one_line(tmp_path: Path) -> None:
