@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.errors import UnsupportedModelError
-from llmlab.graph.edit import Editor, constant_expression, operand, scope, value
+from llmlab.graph.edit import Editor, constant_expression, operand, scope, sort_nodes, value
 from llmlab.graph.narrow import Narrowed, check_range, survives
 from llmlab.graph.passes.drop_batch_axis import ELEMENTWISE
 from llmlab.graph.rewrite import Match, Pass
@@ -49,7 +49,7 @@ class ConvertPrecision(Pass):
             yield Match(node=edit.surgeon.nodes[0])
 
     def rewrite(self, edit: Editor, match: Match) -> None:
-        surgeon = edit.surgeon.toposort()
+        surgeon = sort_nodes(edit.surgeon)
         live = [n for n in surgeon.nodes if not all(constant_expression(t) for t in n.inputs) or not n.inputs]
         wide = _wide_before(edit, live)
         types = _Types(edit, self.dtype)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from llmlab.graph.analysis.bounded import CannotEvaluate
 from llmlab.graph.analysis.evaluate import excerpt
 from llmlab.graph.analysis.operator_kinds import ELEMENTWISE
 from llmlab.graph.edit import Editor, constant_expression, ints, operand, other, producer, scalar, scope
@@ -200,7 +201,7 @@ def _recognise(inner: gs.Tensor, gate: Gate) -> dict[str, Any] | None:
     stand_in = gs.Variable(gate.source.name, np.dtype(np.float32), ["rows", width])
     try:
         (expected,) = excerpt(gate.nodes, [inner], [stand_in]).run({stand_in.name: x})
-    except Exception:  # ONNX Runtime raises types of its own, one a status
+    except CannotEvaluate:
         return None
     if expected.shape != (_ROWS, width // 2):
         return None

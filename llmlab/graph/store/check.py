@@ -317,6 +317,8 @@ class _Checker:
         """Declared types and shapes of inputs, outputs and the values between."""
         for value in values:
             self._name(value.name, "a value")
+            if (kind := value.type.WhichOneof("value")) not in (None, "tensor_type", "sequence_type"):
+                raise self.fail(f"{value.name!r} is no tensor ({kind.removesuffix('_type')}): nothing here can use it")
             dims = value.type.tensor_type.shape.dim
             if len(dims) > RANK_LIMIT or any(not 0 <= d.dim_value <= DIM_LIMIT for d in dims):
                 raise self.fail(f"{value.name!r} has an absurd shape {[d.dim_value for d in dims][:RANK_LIMIT]}")

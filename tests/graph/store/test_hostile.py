@@ -59,6 +59,11 @@ def attribute_of_another_type(model: onnx.ModelProto) -> None:
     found.CopyFrom(helper.make_attribute("axis", "last"))
 
 
+def not_utf8(model: onnx.ModelProto) -> bytes:
+    """The file, one name spoiled: the library itself doesn't write such a name."""
+    return model.SerializeToString().replace(b"model.layers.0/gate", b"model.layers.0/\xff\xfe\xfd\xfc")
+
+
 def deep(model: onnx.ModelProto) -> None:
     """Subgraphs as deep as protobuf reads them, the innermost with a mistake."""
     value = helper.make_tensor_value_info("inner", TensorProto.FLOAT, [1])
@@ -187,6 +192,15 @@ STRUCTURE: dict[str, tuple[Change, str]] = {
         "sparse weights; store them dense",
     ),
     "subgraphs, deep": (deep, "node 'leaf' (Identity) reads what nothing makes: 'nothing'"),
+    "a value that is no tensor": (
+        lambda m: m.graph.value_info.add(name="x").type.opaque_type.SetInParent(),
+        "'x' is no tensor (opaque)",
+    ),
+    "a name that is not UTF-8": (not_utf8, "not UTF-8"),
+    "an attribute's text that is not UTF-8": (
+        lambda m: add(m, "Gelu", ["embed"], ["gelu"], approximate=b"\xff"),
+        "text that is not UTF-8",
+    ),
     "a function that calls itself": (with_functions(function("f", ["f"])), "function 'f' calls itself"),
     "functions that call each other": (
         with_functions(function("f", ["fg"]), function("fg", ["f"])),
@@ -422,3 +436,16 @@ def test_files_through_the_command_line(tmp_path: Path, make: Callable[[Path], A
 
 
 CONFIG_TEXT = '{"model_type": "toy", "vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}'
+
+
+def test_values_that_have_no_type(tmp_path: Path) -> None:
+    """The control of "a value that is no tensor": exporters may leave the type out, at the top and inside subgraphs."""
+
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.value_info.add(name="x")
+        inner = helper.make_graph([helper.make_node("Neg", ["embed"], ["i"], "neg")], "inner", [], [])
+        inner.output.add(name="i")
+        model.graph.node.insert(0, helper.make_node("If", ["yes"], ["z"], "if", then_branch=inner, else_branch=inner))
+        model.graph.initializer.append(helper.make_tensor("yes", TensorProto.BOOL, [], [True]))
+
+    assert optimize(export(write(tmp_path, change), config=CONFIG)).kind == "serving"
