@@ -81,7 +81,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights truncated": (lambda c: cut(c / "model.safetensors", 0.5), "truncated, fetch it again"),
     "weights truncated in the header": (lambda c: cut(c / "model.safetensors", 0.001), "truncated or not safetensors"),
     "weights empty": (lambda c: cut(c / "model.safetensors", 0), "truncated or not safetensors"),
-    "a tensor missing": (lambda c: header(c, lambda h: h.pop(NORM)), f"no tensor '{NORM}' in it"),
+    "a tensor missing": (lambda c: header(c, lambda h: h.update(other=h.pop(NORM))), f"no tensor '{NORM}' in it"),
     "a tensor of another shape": (
         lambda c: header(c, lambda h: h[NORM].update(shape=[32, 2])),
         f"'{NORM}' has shape [32, 2], the config asks for [64]",

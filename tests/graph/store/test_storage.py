@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +159,52 @@ def test_manifests_that_do_not_fit(folder: Path, change: dict[str, Any], reason:
     data = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(data | change))
     assert reason in refusal(folder)
+
+
+@pytest.mark.parametrize("key", ["config", "history", "references"])
+@pytest.mark.parametrize("value", [True, -1, 1 << 70, 0.5, "x", [[]], [None], {"a": []}], ids=str)
+def test_manifests_of_other_types(folder: Path, key: str, value: Any) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {key: value}))
+    refusal(folder)
+
+
+MANIFESTS = {
+    "deep": (b'{"format": 1, "history": ' + b"[" * 100_000, "not valid JSON"),
+    "deep and whole": (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "not valid JSON"),
+    "a list": (b"[]", "graph format None"),
+    "text": (b'"format"', "graph format None"),
+    "not UTF-8": (b'{"format": "\xff"}', "not valid JSON"),
+    "a number of many digits": (b'{"format": ' + b"9" * 9000 + b"}", "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize(("data", "reason"), MANIFESTS.values(), ids=MANIFESTS)
+def test_manifests_that_are_none(folder: Path, data: bytes, reason: str) -> None:
+    (folder / MANIFEST).write_bytes(data)
+    assert reason in refusal(folder)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, MODEL, "tokenizer.json"])
+def test_files_of_absurd_sizes(folder: Path, name: str) -> None:
+    """Sparse: they take no room, and must not be read."""
+    with (folder / name).open("ab") as file:
+        file.truncate(1 << 40)
+    assert f"{name}: 1099511627776 bytes, more than" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, MODEL, WEIGHTS])
+def test_a_pipe_in_place_of_a_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert name in refusal(folder)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, MODEL, WEIGHTS])
+def test_a_folder_in_place_of_a_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    assert name in refusal(folder)
 
 
 def test_a_folder_without_a_graph(tmp_path: Path) -> None:
