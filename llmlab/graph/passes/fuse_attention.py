@@ -29,7 +29,7 @@ class FuseAttention(Pass):
     def pattern(self, node: gs.Node) -> Match | None:
         if node.op != "Softmax":
             return None
-        tensor, cut = node.outputs[0], None
+        tensor, cut = _without_nan(node.outputs[0]), None
         while len(tensor.outputs) == 1:
             reader = tensor.outputs[0]
             if reader.op == "MatMul" and reader.inputs[0] is tensor and not constant_expression(reader.inputs[1]):
@@ -118,6 +118,7 @@ def _by_heads(tensor: gs.Tensor, *, transposed: bool, scaled: bool) -> _ByHeads:
     Where they can't be told apart the result has the rank of what was found.
     """
     factor = 1.0
+    split: gs.Tensor | None = None
     while (node := producer(tensor)) is not None:
         rank = len(tensor.shape or ())
         perm = list(node.attrs.get("perm", ())) if node.op == "Transpose" else []
@@ -127,7 +128,11 @@ def _by_heads(tensor: gs.Tensor, *, transposed: bool, scaled: bool) -> _ByHeads:
         elif rank == 3 and perm == [0, 2, 1]:
             transposed, tensor = not transposed, node.inputs[0]
         elif rank == 3 and node.op == "Reshape" and _merges_heads(node):
-            tensor = node.inputs[0]
+            if split is not None and list(split.shape[:2]) != list(node.inputs[0].shape[:2]):
+                break
+            split, tensor = None, node.inputs[0]
+        elif rank == 4 and node.op == "Reshape" and _splits_heads(node):
+            split, tensor = tensor, node.inputs[0]
         elif rank == 4 and transposed and perm:
             perm[2:] = perm[3], perm[2]
             if perm != [0, 1, 2, 3]:
@@ -156,6 +161,12 @@ def _merges_heads(reshape: gs.Node) -> bool:
     return known and None not in source and list(source[2:]) == list(out[1:])
 
 
+def _splits_heads(reshape: gs.Node) -> bool:
+    """[batch · heads, m, n] → [batch, heads, m, n]."""
+    source, out = reshape.inputs[0].shape, reshape.outputs[0].shape
+    return source is not None and len(source) == 3 and None not in source[1:] and list(source[1:]) == list(out[2:])
+
+
 def _keeps_heads(shape: list[Dim] | None, q: list[Dim], merged: set[Dim]) -> bool:
     """Whether scores of this shape lie as [batch, heads, query, key], or with the first two merged."""
     leading = list(shape or ())[:-1]
@@ -178,8 +189,20 @@ def _between(softmax: gs.Node, product: gs.Node) -> list[gs.Node]:
     nodes, node = [], producer(product.inputs[0])
     while node is not None and node is not softmax:
         nodes.append(node)
-        node = producer(node.inputs[0])
+        node = producer(node.inputs[2 if node.op == "Where" else 0])
     return nodes
+
+
+def _without_nan(weights: gs.Tensor) -> gs.Tensor:
+    """What is read instead of `weights` where a softmax's NaN become 0: those of a row that sees nothing.
+
+    No row is one wherever Attention is paged: its mask has to be recognised, and every token sees itself there.
+    """
+    if {n.op for n in weights.outputs} == {"IsNaN", "Where"} and len(weights.outputs) == 2:
+        test, choice = sorted(weights.outputs, key=lambda n: str(n.op))
+        if choice.inputs[0] is test.outputs[0] and choice.inputs[2] is weights and scalar(choice.inputs[1]) == 0:
+            return choice.outputs[0] if len(test.outputs[0].outputs) == 1 else weights
+    return weights
 
 
 def _cuts_last(node: gs.Node, rank: int) -> bool:

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from llmlab.graph.analysis.positions import depends_on_positions
 from llmlab.graph.analysis.rotation import MOVES, Region, Rotation, enclose, identify
-from llmlab.graph.edit import Editor, scope
+from llmlab.graph.edit import Editor, producer, scalar, scope
 from llmlab.graph.rewrite import Match, Pass
 
 _FARTHEST = 24  # tensors behind the first product with cos or sin
@@ -116,7 +116,13 @@ def _behind(node: gs.Node, order: dict[int, int], positional: dict[int, bool]) -
         pending += [
             t for reader in tensor.outputs if reader.op in MOVES and id(reader) in order for t in reader.outputs
         ]
-    return sorted(found.values(), key=lambda t: -order[id(t.inputs[0])])
+    return sorted((t for t in found.values() if not _scaled_for_product(t)), key=lambda t: -order[id(t.inputs[0])])
+
+
+def _scaled_for_product(y: gs.Tensor) -> bool:
+    """Whether `y` is a tensor times one number, read by products alone: attention's scale, which is no part of the tables."""
+    scaled = producer(y, "Mul") is not None and any(scalar(t) is not None for t in y.inputs[0].inputs)
+    return scaled and bool(y.outputs) and all(n.op == "MatMul" for n in y.outputs)
 
 
 def _token_axis(edit: Editor, region: Region) -> int | None:

@@ -98,6 +98,19 @@ SPELLED: dict[str, tuple[str, float, float]] = {
         1.0,
         0,
     ),
+    "NaN guarded": (
+        f"{TURN} s0 = MatMul(q, kt) s = Add(s0, mask) p0 = Softmax<axis=-1>(s) bad = IsNaN(p0) p = Where(bad, zero, p0) a = MatMul(p, v)",
+        1.0,
+        0,
+    ),
+    "k turns merged": (
+        """n1 = Constant<value_ints=[-1]>() four = Constant<value_ints=[4]>() two_ = Constant<value_ints=[2]>()
+            flat_ = Concat<axis=0>(n1, n, four) apart = Concat<axis=0>(b, two_, four, n)
+            k2 = Concat<axis=1>(k, k) v2 = Concat<axis=1>(v, v) m3 = Reshape(k2, flat_) t3 = Transpose<perm=[0,2,1]>(m3) kt = Reshape(t3, apart)
+            k4 = Mul(kt, c) q2 = Mul(q, c) s0 = MatMul(q2, k4) s = Add(s0, mask) p = Softmax<axis=-1>(s) a = MatMul(p, v2)""",
+        0.36,
+        0,
+    ),
     "no mask": (f"{TURN} s0 = MatMul(q, kt) s = Mul(s0, c) {END}", 0.6, 0),
 }
 
@@ -108,6 +121,8 @@ def spelled(line: str, **more: np.ndarray) -> Graph:
     known = {"q3": ["2*batch", "sequence", 4], "k3": ["2*batch", "sequence", 4], "v3": ["2*batch", "sequence", 4]}
     known |= {"kt": ["2*batch", 4, "sequence"], "a_": ["2*batch", "sequence", 4]} if "q3" in line else {}
     known |= {n: ["2*batch", "sequence", "sequence"] for n in ("s0", "s1", "p", "s")} if "q3" in line else {}
+    known |= {"m3": [None, "sequence", 4], "t3": [None, 4, "sequence"], "k4": ["batch", 2, 4, "sequence"]}
+    known |= {"kt": ["batch", 2, 4, "sequence"]} if "m3" in line else {}
     known |= {"a": ["batch", 2, "sequence", 4], "s2": ["batch", 2, "sequence", "sequence"]}
     if "s2 = Reshape" in line:
         known |= {n: ["batch", 2, "sequence", "sequence"] for n in ("s", "p0")}
@@ -256,6 +271,24 @@ def test_heads_that_merge_in_another_order_are_refused() -> None:
     for tensor in graph.surgeon.tensors().values():
         if tensor.name == "q3":
             tensor.shape = ["sequence", "2*batch", 4]
+    assert refused(FuseAttention, graph).startswith("q, k, v have shapes")
+
+
+@pytest.mark.parametrize(
+    ("guard", "of"),
+    [("bad = IsNaN(s)", "0.0"), ("bad = IsInf(p0)", "0.0"), ("bad = IsNaN(p0)", "1.0")],
+    ids=["of the scores", "infinite", "one instead"],
+)
+def test_weights_that_are_chosen_otherwise_are_no_attention(guard: str, of: str) -> None:
+    line = f"{TURN} s0 = MatMul(q, kt) s = Add(s0, mask) p0 = Softmax<axis=-1>(s) {guard} o = Constant<value_float={of}>() p = Where(bad, o, p0) a = MatMul(p, v)"
+    _, report = apply(FuseAttention, spelled(line))
+    assert report.matches == 0
+
+
+def test_keys_split_into_other_heads_are_refused() -> None:
+    """[batch · heads, ...] read as other heads than were merged."""
+    graph = spelled(SPELLED["k turns merged"][0])
+    graph.surgeon.tensors()["k4"].shape = graph.surgeon.tensors()["kt"].shape = ["other", 2, 4, "sequence"]
     assert refused(FuseAttention, graph).startswith("q, k, v have shapes")
 
 

@@ -172,6 +172,25 @@ def test_q_and_k_share_their_tables() -> None:
 
 
 @pytest.mark.parametrize(
+    ("reader", "left"),
+    [
+        ("z = MatMul(y0, w)", {"RotaryEmbedding": 1, "Mul": 1, "MatMul": 1}),
+        ("z = Abs(y0)", {"RotaryEmbedding": 1, "Abs": 1}),
+    ],
+    ids=["read by a product", "read otherwise"],
+)
+def test_the_scale_of_scores_is_no_part_of_the_tables(reader: str, left: dict[str, int]) -> None:
+    """What only a product reads is attention's scale: q and k would have different tables with it."""
+    text = ROPE.replace(
+        "y = Add(plain, crossed)", f"k = Constant<value_float=0.5>() y1 = Add(plain, crossed) y0 = Mul(y1, k) {reader}"
+    )
+    before = small_graph(text.replace("(float[B,2,S,8] y)", "(float[B,2,S,8] z)"), inv_freq=INV_FREQ, w=rows(8, 8))
+    after, report = apply(FuseRoPE, before)
+    assert report.rewrites == 1 and ops(after) == left
+    same(before, after, feeds())
+
+
+@pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
         (
