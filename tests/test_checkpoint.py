@@ -240,6 +240,20 @@ def test_a_whole_folder(tmp_path: Path) -> None:
     assert checkpoint.assets == {"tokenizer.json": b"{}"}
 
 
+def test_files_that_are_links_into_the_hub_cache(tmp_path: Path) -> None:
+    """As huggingface_hub lays them out: `snapshots/REVISION/NAME` → `blobs/HASH`."""
+    snapshot, blobs = tmp_path / "snapshots" / "0", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    make_folder(snapshot)
+    (snapshot / "tokenizer.json").write_text("{}")
+    for file in list(snapshot.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(Path("../../blobs") / file.name)
+    checkpoint = Checkpoint(snapshot)
+    assert list(checkpoint.weights) == ["w"] and checkpoint.assets == {"tokenizer.json": b"{}"}
+
+
 def test_missing_parts(tmp_path: Path) -> None:
     assert "config.json: can't be read (No such file or directory)" in folder_refusal(tmp_path)
     make_folder(tmp_path, weights=False)

@@ -21,7 +21,7 @@ from llmlab.graph.reports.report import History, PassReport
 from llmlab.graph.reports.tables import NodeTable
 from llmlab.graph.reports.why import Why, why
 from llmlab.graph.store.references import References, open_references
-from llmlab.graph.store.storage import constants, read_onnx, write_onnx
+from llmlab.graph.store.storage import MODEL, constants, read_onnx, write_onnx
 
 FORMAT = 1
 """Version of the folder that `Graph.save` writes."""
@@ -131,20 +131,25 @@ class Graph:
 
     @classmethod
     def load(cls, path: str | Path, *, weights_from: str | Path | None = None) -> Graph:
-        """Open what `save` wrote. Weights are memory maps. Raises GraphError where the folder is damaged.
+        """Open what `save` wrote. Weights are memory maps. Raises GraphError where the folder is damaged or holds links.
 
         weights_from: the folder whose files may be read, for a graph that was saved with `copy_weights=False`; also raises
         GraphError where one of these files lies elsewhere or was changed.
         """
         folder = Path(path).expanduser()
         where = folder / MANIFEST
+        for file in (where, folder / MODEL, *(folder / name for name in ASSETS)):
+            if file.is_symlink():  # a stranger's, to any file that this user may read
+                raise GraphError(
+                    f"{file}: a link, expected the file itself, as Graph.save wrote it: put it in the folder"
+                )
         if not where.is_file():
             raise GraphError(
                 f"{folder}: no {MANIFEST} there; expected a folder that Graph.save or `llmlab export` wrote"
             )
         manifest = read_json(where, GraphError)
         version = manifest.get("format") if isinstance(manifest, dict) else None
-        if version != FORMAT:
+        if version != FORMAT or isinstance(version, bool):
             raise GraphError(f"{folder}: graph format {version!r}, this llmlab reads {FORMAT}: export it again")
         config = ModelConfig.from_hf(manifest.get("config", {}), where=str(where))
         try:

@@ -104,6 +104,24 @@ def test_weights_behind_a_link_are_refused(folder: Path) -> None:
     assert "which can't be read (a link or no file)" in refusal(folder)
 
 
+@pytest.mark.parametrize("name", [MANIFEST, MODEL, "tokenizer.json"])
+@pytest.mark.parametrize("there", [True, False])
+def test_files_behind_a_link_are_refused(folder: Path, name: str, there: bool) -> None:
+    """Whole and valid where the link points to, so that nothing but the link can be what is refused; or dangling."""
+    outside = folder.parent / "outside"
+    if there:
+        outside.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(outside)
+    assert f"{name}: a link, expected the file itself" in refusal(folder)
+
+
+def test_a_folder_behind_a_link_opens(folder: Path, tmp_path: Path) -> None:
+    """The user's own link, to the folder as a whole."""
+    (tmp_path / "current").symlink_to(folder)
+    assert Graph.load(tmp_path / "current").kind == "plain"
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("offset", "-4096"), ("offset", "99999999"), ("offset", "x"), ("offset", str(1 << 70))]
 )
@@ -148,6 +166,7 @@ def test_files_that_are_cut_are_refused(folder: Path, name: str, how: str) -> No
     [
         ({"format": 2}, "graph format 2, this llmlab reads 1"),
         ({"format": None}, "graph format None"),
+        ({"format": True}, "graph format True"),
         ({"config": None}, "expected a JSON object"),
         ({"config": {}}, "no 'model_type' in it"),
         ({"history": [1]}, "its history is malformed"),
