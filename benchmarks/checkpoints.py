@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,9 @@ def write_checkpoint(
                 values = values * np.float32(0.02) if values.ndim > 1 else 1 + values * np.float32(0.02)
                 out.write(np.asarray(values, _NAMES[dtype][1]).view(np.uint8).data)
         index |= dict.fromkeys(entries, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    size = sum(math.prod(shape) for _, shape in tensors(sizes)) * itemsize
+    summary = {"metadata": {"total_size": size}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(summary))
     (folder / "config.json").write_text(json.dumps(config(sizes, dtype)))
     return folder
 
