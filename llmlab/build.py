@@ -34,8 +34,7 @@ def build(
     """
     if not isinstance(graph, Graph) or graph.kind != "serving":
         raise InputError("expected a serving graph: pass what llmlab.optimize returned")
-    if target not in TARGETS:
-        raise InputError(f"target is {target!r}; available: {', '.join(TARGETS)}")
+    check_target(target)
     longest = graph.config.max_position_embeddings
     limits = Limits(
         max_seq_len=_size("max_seq_len", max_seq_len, min(longest, DEFAULT_MAX_SEQ_LEN), longest),
@@ -61,6 +60,12 @@ def build(
             (work / name).write_bytes(data)
         manifest.write(work)
     return Engine(Path(path), Manifest.read(Path(path)))
+
+
+def check_target(target: str) -> None:
+    """Raises InputError for a target that this llmlab can't build for."""
+    if target not in TARGETS:
+        raise InputError(f"target is {target!r}; available: {', '.join(TARGETS)}")
 
 
 def _size(name: str, given: int | None, default: int, most: int) -> int:

@@ -246,7 +246,7 @@ def resolve(source: str | Path) -> Path:
         return _download(name)
     kind = "is a file, not a folder" if path.exists() else "is no folder"
     raise InputError(
-        f"{name!r} {kind}; expected a checkpoint folder, a hub id such as 'org/model', or one of: {', '.join(zoo.names())}"
+        f"{name!r} {kind}; expected a checkpoint folder, a hub id such as 'org/model', an .onnx or .nemo file, or one of: {', '.join(zoo.names())}"
     )
 
 

@@ -53,5 +53,6 @@ def require(module: str, extra: str) -> ModuleType:
 def nearest(name: str, known: Iterable[str]) -> str:
     """What may have been meant by `name`, for the end of an error message."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:8]
-    return f"nearest: {', '.join(close)}" if close else "there are none"
+    if close := difflib.get_close_matches(name, names, n=3, cutoff=0.4):
+        return f"nearest: {', '.join(close)}"
+    return f"known: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if names else "there are none"

@@ -335,6 +335,21 @@ def test_inspect_shows_what_is_there(built: Path, checkpoint: Path) -> None:
     assert "merge_products" in runner.invoke(cli.app, ["inspect", str(built / "serving")]).stdout
 
 
+def test_a_graph_may_refer_to_its_weights(checkpoint: Path, tmp_path: Path) -> None:
+    plain, serving, trust = str(tmp_path / "plain"), str(tmp_path / "serving"), ["--weights-from", str(checkpoint)]
+    assert runner.invoke(cli.app, ["export", str(checkpoint), "-o", plain, "--no-copy-weights"]).exit_code == 0
+    refused = runner.invoke(cli.app, ["optimize", plain, "-o", serving])
+    assert refused.exit_code == 2 and "--weights-from" in refused.stderr and not Path(serving).exists()
+    assert runner.invoke(cli.app, ["optimize", plain, "-o", serving, *trust]).exit_code == 0
+    assert runner.invoke(cli.app, ["inspect", plain, "--diff", serving, *trust]).exit_code == 0
+
+
+def test_a_target_that_is_not_there_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmlab, "export", lambda *_, **__: pytest.fail("the target should have been looked at first"))
+    result = runner.invoke(cli.app, ["build", "tinychat", "-o", str(tmp_path / "e"), "--target", "abacus"])
+    assert result.exit_code == 2 and "'abacus'; available: onnxruntime" in result.stderr
+
+
 def test_chat_and_bench_run_on_a_real_engine(built: Path) -> None:
     engine = str(built / "engine")
     chat = runner.invoke(cli.app, ["chat", engine, "--max-tokens", "8"], input="count to nine\nthe cat\n/stats\n")

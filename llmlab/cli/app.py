@@ -54,6 +54,9 @@ def export(
     max_seq_len: options.ExportLength = None,
     config: options.Config = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    copy_weights: Annotated[
+        bool, typer.Option(help="Write the weights into the graph's folder, or refer to the checkpoint's files.")
+    ] = True,
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
@@ -69,7 +72,7 @@ def export(
     show.check_output(output, force=force)
     with show.working(f"exporting {source}"):
         graph = ll.export(source, config=config, trust_remote_code=trust_remote_code, max_seq_len=max_seq_len)
-        graph.save(output, overwrite=force)
+        graph.save(output, overwrite=force, copy_weights=copy_weights)
     show.graph(graph, output, as_json=as_json)
 
 
@@ -77,6 +80,7 @@ def export(
 def optimize(
     graph_folder: Annotated[Path, typer.Argument(metavar="GRAPH", help="Graph folder that `llmlab export` wrote.")],
     output: options.Output,
+    weights_from: options.WeightsFrom = None,
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
@@ -91,16 +95,14 @@ def optimize(
 
     show.check_output(output, force=force)
     with show.working(f"optimizing {graph_folder}"):
-        graph = ll.optimize(ll.Graph.load(graph_folder))
+        graph = ll.optimize(ll.Graph.load(graph_folder, weights_from=weights_from))
         graph.save(output, overwrite=force)
     show.graph(graph, output, as_json=as_json)
 
 
 @app.command()
 def build(
-    source: Annotated[
-        str, typer.Argument(help="Checkpoint folder, hub id, `tinychat`, an `.onnx` file, or a graph folder.")
-    ],
+    source: Annotated[str, typer.Argument(help="What `llmlab export` takes, or a graph folder.")],
     output: options.Output,
     target: Annotated[str, typer.Option(help="What the engine runs on.")] = "onnxruntime",
     max_seq_len: Annotated[
@@ -111,6 +113,7 @@ def build(
         int | None, typer.Option(min=1, help="Most tokens that one step works on.", show_default="256")
     ] = None,
     config: options.Config = None,
+    weights_from: options.WeightsFrom = None,
     trust_remote_code: options.TrustRemoteCode = False,
     force: options.Force = False,
     as_json: options.Json = False,
@@ -120,11 +123,13 @@ def build(
     **Examples:** `llmlab build tinychat -o engines/tinychat`, `llmlab build graphs/serving -o engines/mine`
     """
     import llmlab as ll
+    from llmlab.build import check_target
     from llmlab.cli import show
 
     show.check_output(output, force=force)
+    check_target(target)
     with show.working("opening the source") as now:
-        graph = show.open_graph(source)
+        graph = show.open_graph(source, weights_from)
         if graph is None:
             now(f"exporting {source}")
             graph = ll.export(source, config=config, trust_remote_code=trust_remote_code, max_seq_len=max_seq_len)
@@ -258,13 +263,15 @@ def inspect(
     architectures: Annotated[
         bool, typer.Option("--architectures", help="Show the model families that were measured against transformers.")
     ] = False,
+    weights_from: options.WeightsFrom = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
     """Show what a checkpoint, a graph or an engine holds; of a graph, also what its passes did, and why or why not.
 
     `--why` names the passes that fired at a place, what they added and removed there, and what held the others back.
-    A place is a part of a module's path, or the end of a node's name.
+    A place is a part of a module's path, or the end of a node's
+    whole name, such as `self_attn/PagedAttention`.
 
     `--diff` compares two graphs of any kind: nodes by name, what changed at each, and weights. Layers in which the
     same changed are shown as one.
@@ -281,7 +288,7 @@ def inspect(
         {"--why": why, "--diff": diff, "--passes": passes or None, "--architectures": architectures or None}
     )
     if passes:
-        show.passes(path or "tinychat", config=config, threads=threads, as_json=as_json)
+        show.passes(path or "tinychat", config=config, weights_from=weights_from, threads=threads, as_json=as_json)
     elif architectures and path is not None:
         raise InputError("--architectures shows what was measured and takes no path")
     elif architectures:
@@ -289,11 +296,12 @@ def inspect(
     elif path is None:
         raise InputError("give a checkpoint, a graph or an engine to look at; see llmlab inspect --help")
     elif why is not None:
-        show.found(show.graph_folder(path).why(why), as_json=as_json)
+        show.found(show.graph_folder(path, weights_from).why(why), as_json=as_json)
     elif diff is not None:
-        show.found(show.graph_folder(path).diff(show.graph_folder(diff)), as_json=as_json)
+        before, after = (show.graph_folder(p, weights_from) for p in (path, diff))
+        show.found(before.diff(after), as_json=as_json)
     else:
-        show.anything(path, config=config, as_json=as_json)
+        show.anything(path, config=config, weights_from=weights_from, as_json=as_json)
 
 
 def main() -> None:

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 Source = Annotated[
-    str, typer.Argument(help="Checkpoint folder, hub id (org/model), the name `tinychat`, or an `.onnx` file.")
+    str,
+    typer.Argument(
+        help="Checkpoint folder, hub id (org/model), the name `tinychat`, an `.onnx` file or a `.nemo` archive."
+    ),
+]
+WeightsFrom = Annotated[
+    Path | None,
+    typer.Option(
+        help="For a graph that refers to weights instead of holding them: the folder whose files may be read.",
+        show_default="none",
+    ),
 ]
 Config = Annotated[
     Path | None,

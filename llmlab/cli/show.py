@@ -43,19 +43,19 @@ def check_output(output: Path, *, force: bool) -> None:
         raise InputError(f"{output} exists and is not a folder: choose another name")
 
 
-def open_graph(source: str) -> Graph | None:
-    """The graph in folder `source`, or None if there is none. Raises InputError for an engine folder."""
+def open_graph(source: str, weights_from: Path | None = None) -> Graph | None:
+    """The graph in folder `source`, or None if there is none; `weights_from` as for `Graph.load`. Raises InputError for an engine folder."""
     from llmlab.graph.graph import Graph
 
     folder = Path(source).expanduser()
     if (folder / "manifest.json").is_file():
         raise InputError(f"{source} is an engine already: give a checkpoint or a graph folder")
-    return Graph.load(folder) if (folder / "graph.json").is_file() else None
+    return Graph.load(folder, weights_from=weights_from) if (folder / "graph.json").is_file() else None
 
 
-def graph_folder(path: str) -> Graph:
+def graph_folder(path: str, weights_from: Path | None) -> Graph:
     """The graph in folder `path`. Raises InputError where there is none."""
-    if (graph := open_graph(path)) is None:
+    if (graph := open_graph(path, weights_from)) is None:
         raise InputError(f"{path} holds no graph: `llmlab export` and `llmlab optimize` write one")
     return graph
 
@@ -75,7 +75,7 @@ def found(answer: GraphDiff | Why, *, as_json: bool) -> None:
         Console().print(answer)
 
 
-def passes(source: str, *, config: Path | None, threads: int | None, as_json: bool) -> None:
+def passes(source: str, *, config: Path | None, weights_from: Path | None, threads: int | None, as_json: bool) -> None:
     """What each pass is good for on the model `source`, measured."""
     from rich.progress import Progress
 
@@ -85,7 +85,7 @@ def passes(source: str, *, config: Path | None, threads: int | None, as_json: bo
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"opening {escape(source)}", total=None)
-        graph = open_graph(source) or export(source, config=config)
+        graph = open_graph(source, weights_from) or export(source, config=config)
         rows = []
         for row, total in measure(graph, threads=threads):
             rows.append(row)
@@ -97,18 +97,18 @@ def passes(source: str, *, config: Path | None, threads: int | None, as_json: bo
         Console().print(result)
 
 
-def anything(path: str, *, config: Path | None = None, as_json: bool) -> None:
-    """Show what lies at `path`, whatever it is; `config` is an ONNX file's config.json."""
+def anything(path: str, *, config: Path | None, weights_from: Path | None, as_json: bool) -> None:
+    """Show what lies at `path`, whatever it is; `config` is an ONNX file's config.json, `weights_from` as for `Graph.load`."""
     folder = Path(path).expanduser()
     if (folder / "manifest.json").is_file():
         from llmlab.runtime.engine import Engine
 
         engine(Engine.load(folder), as_json=as_json)
-    elif path.endswith(".onnx"):
+    elif path.endswith((".onnx", ".nemo")):
         from llmlab.graph.export import export
 
         graph(export(path, config=config), folder, as_json=as_json)
-    elif (found := open_graph(path)) is not None:
+    elif (found := open_graph(path, weights_from)) is not None:
         graph(found, folder, as_json=as_json)
     else:
         from llmlab.checkpoint import Checkpoint, resolve

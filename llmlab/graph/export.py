@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from llmlab.checkpoint import Checkpoint, read_assets, resolve
 from llmlab.config import ModelConfig
 from llmlab.errors import InputError, UnsupportedModelError, require
 from llmlab.files import read_json
-from llmlab.graph.graph import Graph
+from llmlab.graph.graph import MANIFEST, Graph
 from llmlab.graph.sources.from_onnx import ONNX_SUFFIX, open_onnx
 from llmlab.graph.sources.nemo.checkpoint import NemoCheckpoint, is_nemo
 from llmlab.graph.sources.rope_config import freeze_rope, rope_limit
@@ -21,6 +22,8 @@ from llmlab.graph.sources.weights import locate_weights
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
     import torch
+
+_PLACES = "a checkpoint folder, a hub id, a model that ships, an .onnx file or a .nemo archive"
 
 
 def export(
@@ -55,9 +58,10 @@ def export(
         if tokenizer is not None:
             raise InputError("tokenizer goes with a torch module; an ONNX file has its tokenizer.json beside it")
         return open_onnx(Path(source).expanduser(), config, max_seq_len=max_seq_len)
-    torch = require("torch", "export")
-    require("onnxscript", "export")
-    if isinstance(source, torch.nn.Module):
+    if not isinstance(source, (str, Path)):
+        torch = _require_torch()
+        if not isinstance(source, torch.nn.Module):
+            raise InputError(f"source is {source!r}; expected a torch module, or where a model lies: {_PLACES}")
         model_config = _module_config(source, config).limited(max_seq_len)
         assets = {} if tokenizer is None else _tokenizer_files(tokenizer)
         return Graph(trace(source.eval(), {}, model_config.max_position_embeddings), model_config, assets)
@@ -65,18 +69,22 @@ def export(
         raise InputError("config goes with a torch module or an ONNX file; a checkpoint brings its own config.json")
     if tokenizer is not None:
         raise InputError("tokenizer goes with a torch module; a checkpoint brings its own tokenizer.json")
-    if not isinstance(source, (str, Path)):
-        raise InputError(
-            f"source is a {type(source).__name__}; expected a checkpoint folder, a hub id or a torch module"
-        )
     path = Path(source).expanduser()
+    if (path / MANIFEST).is_file():
+        raise InputError(f"{source} is a graph already: open it with llmlab.Graph.load")
     with closing(NemoCheckpoint(path) if is_nemo(path) else Checkpoint(resolve(source))) as checkpoint:
+        _require_torch()  # which takes seconds: what is wrong with the checkpoint was said before
         limited = checkpoint.config.limited(max_seq_len)
         limit = rope_limit(limited.raw, max_seq_len)
         if limit is not None and limit < limited.max_position_embeddings:
             limited = limited.limited(limit)
         surgeon = _trace_checkpoint(checkpoint, trust_remote_code, limited.max_position_embeddings)
         return Graph(surgeon, limited, checkpoint.assets)
+
+
+def _require_torch() -> ModuleType:
+    require("onnxscript", "export")
+    return require("torch", "export")
 
 
 def _tokenizer_files(source: str | Path) -> dict[str, bytes]:

@@ -133,6 +133,9 @@ class History(list[PassReport]):
 
     __repr__ = __str__
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"passes": [report.to_dict() for report in self]}
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         yield _text(self, options.max_width)
 

@@ -19,6 +19,10 @@ class NodeTable(list[gs.Node]):
 
     __repr__ = __str__
 
+    def to_dict(self) -> dict[str, Any]:
+        names = [(n.name, n.op, [t.name for t in n.inputs], [t.name for t in n.outputs]) for n in self]
+        return {"nodes": [dict(zip(("name", "op", "inputs", "outputs"), facts, strict=True)) for facts in names]}
+
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         head = "".join(f"<th {_LEFT}>{name}</th>" for name in ("operator", "node", "reads", "writes"))
         rows = "".join(

@@ -145,7 +145,7 @@ def why(graph: HasHistory, place: str) -> Why:
         known.update(report.diff.added, report.diff.removed, (m.node for m in report.near_misses))
         known.update(p.node for p in report.places)
     if not any(map(here, known)):
-        names = known if "/" in place else {m for name in known for m in _modules(name)}
+        names = known if "/" in place else {m for name in known for m in _modules(name) if m}
         raise InputError(f"{place!r} is no module or node of this graph, now or earlier ({nearest(place, names)})")
     return Why(place, tuple(_pass_here(report, here) for report in graph.history))
 

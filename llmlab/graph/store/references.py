@@ -53,7 +53,7 @@ def open_references(entries: Any, allowed: Path | None, where: Path) -> dict[str
             raise GraphError(f"{where}: its list of files is malformed: altered, export it again") from problem
         if allowed is None:
             raise GraphError(
-                f"{where}: refers to weights in {str(path.parent)!r}; pass weights_from= that folder to Graph.load if you trust it"
+                f"{where}: refers to weights in {str(path.parent)!r}; name that folder if you trust it (Graph.load(weights_from=…), --weights-from)"
             )
         try:
             path = path.resolve()
