@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from llmlab.cli import options
-from llmlab.cli.one_line import OneLineErrors
+from llmlab.cli.one_line import OneLineErrors, leaving_at_once
 from llmlab.errors import InputError
 
 _EPILOG = """\
@@ -71,7 +71,8 @@ def export(
 
     show.check_output(output, force=force)
     with show.working(f"exporting {source}"):
-        graph = ll.export(source, config=config, trust_remote_code=trust_remote_code, max_seq_len=max_seq_len)
+        with leaving_at_once():
+            graph = ll.export(source, config=config, trust_remote_code=trust_remote_code, max_seq_len=max_seq_len)
         graph.save(output, overwrite=force, copy_weights=copy_weights)
     show.graph(graph, output, as_json=as_json)
 
@@ -132,7 +133,8 @@ def build(
         graph = show.open_graph(source, weights_from)
         if graph is None:
             now(f"exporting {source}")
-            graph = ll.export(source, config=config, trust_remote_code=trust_remote_code, max_seq_len=max_seq_len)
+            with leaving_at_once():
+                graph = ll.export(source, config=config, trust_remote_code=trust_remote_code, max_seq_len=max_seq_len)
         if graph.kind == "plain":
             now("optimizing the graph")
             graph = ll.optimize(graph)

@@ -1,13 +1,18 @@
-"""What a verb raises, as one line and an exit code."""
+"""What a verb raises, and Ctrl-C, as one line and an exit code."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
+from rich.console import Console
 from typer.core import TyperGroup
 
 from llmlab.errors import LlmlabError
@@ -31,6 +36,23 @@ class OneLineErrors(TyperGroup):
             message = " ".join(str(error).split()) or type(error).__name__
             print(f"llmlab: {message}", file=sys.stderr)
             raise typer.Exit(2) from error
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Ctrl-C ends the program here and now, with exit code 130. For work that writes nothing: torch's import and its
+    exporter abort the process if an exception comes out of a signal at the wrong moment."""
+
+    def leave(*_: object) -> None:
+        Console(stderr=True).show_cursor()
+        atexit._run_exitfuncs()  # temporary folders go
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _interrupted(error: BaseException | None) -> bool:
