@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.analysis.bounded import CannotEvaluate
 from llmlab.graph.analysis.evaluate import excerpt
-from llmlab.graph.edit import Editor, ancestors, inline_constants, is_bfloat16, sort_nodes
+from llmlab.graph.edit import (
+    Editor,
+    ancestors,
+    inline_constants,
+    ints,
+    is_bfloat16,
+    operand,
+    producer,
+    sort_nodes,
+    value,
+)
 from llmlab.graph.rewrite import Match, Pass
 
 _LARGE = 1 << 17  # bytes
@@ -22,7 +33,12 @@ class FoldConstants(Pass):
 
     def find(self, edit: Editor) -> Iterator[Match]:
         foldable = [
-            n for n in edit.surgeon.nodes if n.op == "Constant" or (n.inputs and _all_constant(n)) or _known_size(n)
+            n
+            for n in edit.surgeon.nodes
+            if n.op == "Constant"
+            or (n.inputs and _all_constant(n))
+            or _known_size(n) is not None
+            or _like(n) is not None
         ]
         if foldable:
             yield Match(node=foldable[0])
@@ -30,6 +46,7 @@ class FoldConstants(Pass):
     def rewrite(self, edit: Editor, match: Match) -> None:
         inline_constants(edit.surgeon)
         _inline_sizes(edit)
+        _inline_types(edit)
         sort_nodes(edit.surgeon)
         for tensor, array in _values(edit, _foldable(edit.surgeon)):
             tensor.inputs.clear()
@@ -95,21 +112,63 @@ def _stays(node: gs.Node) -> bool:
     return _reads_weight(node) or any(is_bfloat16(t) for t in (*node.inputs, *node.outputs))
 
 
-def _known_size(node: gs.Node) -> list[int] | None:
-    """What a Shape node gives, if the axes that it asks for have known sizes."""
-    if node.op != "Shape" or node.inputs[0].shape is None:
+def _known_size(node: gs.Node) -> np.ndarray | None:
+    """What a Shape node gives, or a Slice or Gather of one, if the axes that it asks for have known sizes."""
+    if node.op not in ("Shape", "Slice", "Gather"):
         return None
-    sizes = list(node.inputs[0].shape)[node.attrs.get("start", 0) : node.attrs.get("end")]
-    return sizes if sizes and all(isinstance(n, int) for n in sizes) else None
+    sizes: np.ndarray | None
+    if node.op == "Shape":
+        sizes = _sizes(node)
+    else:
+        shape = producer(node.inputs[0], "Shape")
+        sizes = None if shape is None else _sizes(shape)
+        if sizes is not None:
+            sizes = _sliced(sizes, node) if node.op == "Slice" else _gathered(sizes, node)
+    known = sizes is not None and sizes.size and all(isinstance(n, int) for n in sizes.reshape(-1))
+    return np.asarray(sizes, np.int64) if known else None
+
+
+def _sizes(shape: gs.Node) -> np.ndarray | None:
+    """The sizes that a Shape node gives, known or not, as objects."""
+    dims = shape.inputs[0].shape
+    return None if dims is None else np.array(dims[shape.attrs.get("start", 0) : shape.attrs.get("end")], object)
+
+
+def _sliced(sizes: np.ndarray, node: gs.Node) -> np.ndarray | None:
+    starts, ends, steps = (ints(operand(node, i)) for i in (1, 2, 4))
+    if starts is None or ends is None or len(starts) != 1 or (operand(node, 4) is not None and steps != [1]):
+        return None
+    return sizes[starts[0] : ends[0]]  # ONNX clamps as Python does; a vector has no other axis
+
+
+def _gathered(sizes: np.ndarray, node: gs.Node) -> np.ndarray | None:
+    at = value(node.inputs[1])
+    inside = at is not None and bool(np.all((at >= -len(sizes)) & (at < len(sizes))))
+    return np.asarray(sizes[at], object) if inside else None
 
 
 def _inline_sizes(edit: Editor) -> None:
-    """Shape nodes of known sizes become constants."""
+    """Shape nodes of known sizes, and what is taken out of others, become constants."""
+    sizes = [(node, found) for node in edit.surgeon.nodes if (found := _known_size(node)) is not None]
+    for node, found in sizes:
+        out = node.outputs[0]
+        node.outputs.clear()
+        out.to_constant(found)
+
+
+def _like(node: gs.Node) -> int | None:
+    """The type that CastLike gives a constant, if that of the tensor that it looks at is known."""
+    if node.op != "CastLike" or not isinstance(node.inputs[0], gs.Constant) or _stays(node):
+        return None
+    dtype = node.inputs[1].dtype
+    return None if dtype is None or isinstance(dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+
+
+def _inline_types(edit: Editor) -> None:
+    """CastLike of a constant becomes Cast to a type that is known."""
     for node in edit.surgeon.nodes:
-        if (sizes := _known_size(node)) is not None:
-            out = node.outputs[0]
-            node.outputs.clear()
-            out.to_constant(np.asarray(sizes, np.int64))
+        if (dtype := _like(node)) is not None:
+            node.op, node.attrs, node.inputs = "Cast", {"to": dtype}, [node.inputs[0]]
 
 
 def _reads_weight(node: gs.Node) -> bool:

@@ -66,6 +66,77 @@ def test_sizes_that_tokens_bring_stay(size: str) -> None:
     assert report.matches == 0
 
 
+TAKEN = """m (float[N,4,8] x, float[1] z) => (float[M] y) {{
+    size = Shape(x)
+    s1 = Constant<value_ints=[1]>()
+    s2 = Constant<value_ints=[-2]>()
+    last = Constant<value_ints=[-1]>()
+    end = Constant<value_ints=[9223372036854775807]>()
+    start = Constant<value_ints=[-9223372036854775808]>()
+    at = Constant<value_int=-1>()
+    both = Constant<value=int64[2,1] {{2, 1}}>()
+    first = Constant<value_ints=[1, 0]>()
+    taken = {}
+    f = Cast<to=1>(taken)
+    r = Sqrt(f)
+    flat = Reshape(r, last)
+    y = Mul(z, flat)
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("taken", "known"),
+    [
+        ("Slice(size, last, end)", [8]),
+        ("Slice(size, s2, last)", [4]),
+        ("Slice(size, s1, end, at0, s1)", [4, 8]),
+        ("Gather(size, at)", [8]),
+        ("Gather(size, both)", [8, 4]),
+    ],
+)
+def test_known_sizes_that_are_taken_out_of_others_are_constants(taken: str, known: list[int]) -> None:
+    """As torch computes the scale of q and k."""
+    graph = small_graph(TAKEN.format(taken), fold=False, at0=np.zeros(1, np.int64))
+    after, report = apply(FoldConstants, graph)
+    assert report.rewrites == 1 and ops(after) == {"Mul": 1}
+    feeds = {"x": rows(3, 4, 8), "z": rows(1)}
+    same(graph, after, feeds)
+    np.testing.assert_allclose(run(graph, feeds)[0], feeds["z"] * np.sqrt(known), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        "Slice(size, start, last)",
+        "Slice(size, last, start, at0, back)",  # backwards, down to the first
+        "Gather(size, first)",
+    ],
+)
+def test_sizes_that_tokens_bring_stay_whatever_is_taken(taken: str) -> None:
+    given = {"at0": np.zeros(1, np.int64), "back": np.array([-1])}
+    graph = small_graph(TAKEN.format(taken), fold=False, **given)
+    after, _ = apply(FoldConstants, graph)
+    assert ops(after)["Sqrt"] == ops(after)["Shape"] == 1
+    same(graph, after, {"x": rows(3, 4, 8), "z": rows(1)})
+
+
+LIKE = "m (int64[N] x) => ({}[N] y) {{ c = Constant<value_float=2.7>() a = {} y = Mul(a, {}) }}"
+
+
+def test_a_constant_like_a_tensor_has_its_type() -> None:
+    graph = small_graph(LIKE.format("int64", "CastLike(c, x)", "x"), fold=False)
+    after, _ = apply(FoldConstants, graph)
+    assert ops(after) == {"Mul": 1}
+    same(graph, after, {"x": np.arange(5)})
+
+
+def test_a_tensor_like_a_constant_stays() -> None:
+    graph = small_graph(LIKE.format("float", "CastLike(x, c)", "c"), fold=False)
+    after, _ = apply(FoldConstants, graph)
+    assert ops(after)["CastLike"] == 1
+    same(graph, after, {"x": np.arange(5)})
+
+
 def test_olmo_norms_without_weights_get_theirs() -> None:
     """F.layer_norm without weights is traced as ones expanded to the size of the last axis."""
     graph = small_graph(
