@@ -11,12 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import broken_files
+import onnx
 import pytest
 from conftest import Store
 from typer.testing import CliRunner
 
 from llmlab import cli
 from llmlab.errors import InputError
+from llmlab.graph.export import export
+from llmlab.graph.store.storage import MODEL
 from llmlab.runtime.manifest import digest
 
 
@@ -242,3 +246,47 @@ def test_graphs_of_the_wrong_kind(store: Store, tmp_path: Path, verb: str) -> No
             "build", str(store.folder / "llama.serving"), "-o", out, "--target", "cuda"
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def _maker(model: onnx.ModelProto, output: str) -> onnx.NodeProto:
+    return next(n for n in model.graph.node if output in n.output)
+
+
+# Graphs that are broken inside a file that can be read.
+GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], Any], str]] = {
+    "a cycle": (lambda m: _maker(m, "gate").input.__setitem__(0, "y"), "(a cycle, or nodes out of order)"),
+    "an unknown operator": (lambda m: setattr(_maker(m, "gate"), "op_type", "Softermax"), "no operator of that name"),
+    "a weight that is cut": (lambda m: setattr(m.graph.initializer[1], "raw_data", b"1234"), "truncated or altered"),
+    # export runs no node; it is found out where the mask is evaluated
+    "a range of steps of 0": (lambda m: setattr(_maker(m, "at1").attribute[0], "i", 0), "the mask can't be evaluated"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "verb"), [*((n, "build") for n in GRAPHS), *((n, "export") for n in list(GRAPHS)[:3])]
+)
+def test_graphs_broken_inside_an_onnx_file(tmp_path: Path, name: str, verb: str) -> None:
+    spoil, reason = GRAPHS[name]
+    path = broken_files.write(tmp_path, spoil)
+    (tmp_path / "config.json").write_text(json.dumps(broken_files.CONFIG))
+    before = sorted(tmp_path.rglob("*"))
+    assert reason in refused(verb, str(path), "-o", str(tmp_path / "out"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["optimize", "build"])
+@pytest.mark.parametrize(("spoil", "reason"), GRAPHS.values(), ids=GRAPHS)
+def test_graphs_broken_inside_a_folder(tmp_path: Path, spoil: Callable[..., Any], reason: str, verb: str) -> None:
+    folder = export(broken_files.write(tmp_path), config=broken_files.CONFIG).save(tmp_path / "graph")
+    model = onnx.load(folder / MODEL, load_external_data=False)
+    spoil(model)
+    (folder / MODEL).write_bytes(model.SerializeToString())
+    before = sorted(tmp_path.rglob("*"))
+    assert reason in refused(verb, str(folder), "-o", str(tmp_path / "out"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_same_graph_unspoiled_is_optimized(tmp_path: Path) -> None:
+    folder = export(broken_files.write(tmp_path), config=broken_files.CONFIG).save(tmp_path / "graph")
+    result = CliRunner().invoke(cli.app, ["optimize", str(folder), "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0 and (tmp_path / "out" / MODEL).is_file()
