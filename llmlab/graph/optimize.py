@@ -28,6 +28,7 @@ from llmlab.graph.passes.remove_gqa_expansion import RemoveGQAExpansion
 from llmlab.graph.passes.share_common import ShareCommon
 from llmlab.graph.passes.simplify import MergeReshapes, RemoveNoOps, SplitWithoutSequence, StaticReshape
 from llmlab.graph.passes.unfold_gemm import UnfoldGemm
+from llmlab.graph.passes.vector_scale import VectorScale
 from llmlab.graph.pipeline import Pipeline
 from llmlab.graph.reports.snapshot import snapshot
 from llmlab.graph.rewrite import Pass, run_pass
@@ -43,6 +44,7 @@ PASSES: tuple[Callable[[], Pass], ...] = (
     UnfoldGemm,
     SplitWithoutSequence,
     PlainGather,
+    VectorScale,
     RecogniseMoE,
     FuseLayerNorm,
     FuseRMSNorm,
