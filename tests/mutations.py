@@ -81,7 +81,7 @@ def mutant(folders: list[Path], number: int) -> dict[str, bytes]:
     data = files[name]
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if name.endswith(".onnx") and rng.random() < 0.75:
-            data = _structured(data, rng)
+            data = structured(data, rng)
         elif name.endswith(".json") and rng.random() < 0.6:
             data = _json(data, rng)
         else:
@@ -129,7 +129,7 @@ def _json(data: bytes, rng: random.Random) -> bytes:
     return json.dumps(document).encode()
 
 
-def _structured(data: bytes, rng: random.Random) -> bytes:
+def structured(data: bytes, rng: random.Random) -> bytes:
     """One change to the fields of a protobuf."""
     model = onnx.ModelProto()
     try:

@@ -6,6 +6,8 @@ A worker process does the opening, so that a native crash is seen and is the cas
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import mutations
@@ -76,3 +78,27 @@ def test_the_worker_is_the_only_one_who_dies(seeds: list[Path], tmp_path: Path) 
         assert "crash" in (worker.check(mutations.mutant(seeds, 0), 0) or "")
         assert worker.check(mutations.mutant(seeds, 2), 2) is None
         assert worker.pid != first != os.getpid()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flaw", ["", "two lines", "unchecked"])
+def test_files_steered_by_coverage(tmp_path: Path, flaw: str) -> None:
+    """atheris finds nothing in ten seconds, and at once what is put in."""
+    pytest.importorskip("atheris", reason="atheris is not installed (pip install atheris)")
+    tests = Path(mutations.__file__).parent
+    path = os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, tests / "fuzz" / "onnx_file.py", "-max_total_time=10", "-timeout=60", "-seed=1"],
+        cwd=tmp_path,  # where libFuzzer leaves what it found
+        env=os.environ | {"LLMLAB_FUZZ_FLAW": flaw, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    found = [p.name for p in tmp_path.glob("*-*")]
+    if flaw:
+        expected = {"two lines": "AssertionError: two lines: one", "unchecked": "AssertionError: raises "}
+        assert done.returncode != 0 and found and expected[flaw] in done.stdout + done.stderr
+    else:
+        assert done.returncode == 0 and not found, f"{found}\n{done.stderr[-4000:]}"
+        assert "Done " in done.stderr
