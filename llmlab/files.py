@@ -24,6 +24,7 @@ COUNT_LIMIT = 1_000_000  # nodes, and initializers, of an ONNX file once its fun
 DIM_LIMIT = (1 << 31) - 1  # a single dimension
 RANK_LIMIT = 32  # dimensions of a tensor, what every numpy can map
 WORK_LIMIT = 1 << 30  # bytes that the part of a graph which is executed (masks, tables, constants) may take
+EXCERPT_LIMIT = 10_000  # nodes that it may have
 TIME_LIMIT = 60.0  # seconds that it may run
 
 

@@ -105,7 +105,7 @@ def excerpt(nodes: list[gs.Node], tensors: list[gs.Tensor], inputs: list[gs.Vari
     copies = [part for node in copies for part in _through_float32(node)]
     graph = sort_nodes(gs.Graph(copies + tails, inputs, outputs, opset=OPSET))
     try:
-        model = gs.export_onnx(graph, do_type_check=False, ir_version=11).SerializeToString()
+        model = gs.export_onnx(graph, do_type_check=False, ir_version=11)
     except Exception as problem:  # the surgeon raises whatever an odd attribute makes of it
         raise CannotEvaluate(" ".join(str(problem).split())) from problem
     return BoundedSession(model)
