@@ -82,7 +82,7 @@ def test_registered_passes_are_ordered_by_each_other() -> None:
 @pytest.mark.parametrize(
     ("name", "before", "after", "reason"),
     [
-        ("X", (), "fuse", "'X' is ordered by 'fuse', which is no other pass (nearest: "),
+        ("X", (), "fuse", "'X' is ordered by 'fuse', which is no other pass (known: a, b, c, d)"),
         ("X", (), "X", "'X' is ordered by 'X', which is no other pass"),
         ("X", "a", "d", "'X' can't run both after 'd' and before 'a': the order is a, b, c, d"),
         ("X", "b", "b", "'X' can't run both after 'b' and before 'b'"),
@@ -121,7 +121,7 @@ def test_replacing_keeps_what_is_ordered_by_it() -> None:
         passes.register_pass(after="Y", replace=True)(named("X"))
     with pytest.raises(InputError, match="Y is ordered before or after 'X': unregister it first"):
         passes.unregister_pass("X")
-    with pytest.raises(InputError, match=r"no registered pass is called 'Z' \(nearest: X, Y\)"):
+    with pytest.raises(InputError, match=r"no registered pass is called 'Z' \(known: X, Y\)"):
         passes.unregister_pass("Z")
     with pytest.raises(InputError, match=r"no registered pass is called 'a' \(llmlab's own a stays\)"):
         passes.unregister_pass("a")
