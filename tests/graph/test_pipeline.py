@@ -82,7 +82,7 @@ def test_registered_passes_are_ordered_by_each_other() -> None:
 @pytest.mark.parametrize(
     ("name", "before", "after", "reason"),
     [
-        ("X", (), "fuse", "'X' is ordered by 'fuse', which is no other pass (known: a, b, c, d)"),
+        ("X", (), "fuse", "'X' is ordered by 'fuse', which is no other pass (known: Y, a, b, c, d)"),
         ("X", (), "X", "'X' is ordered by 'X', which is no other pass"),
         ("X", "a", "d", "'X' can't run both after 'd' and before 'a': the order is a, b, c, d"),
         ("X", "b", "b", "'X' can't run both after 'b' and before 'b'"),
