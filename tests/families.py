@@ -12,7 +12,6 @@ class Family:
 
     config: dict[str, Any]
     features: str
-    slow: bool = False  # adds little to what a quick one shows
     max_seq_len: int | None = None  # what the export is given
 
 
@@ -36,16 +35,13 @@ FAMILIES: dict[str, Family] = {
         "frequencies scaled by part, MHA, tied head",
     ),
     "llama (yarn)": Family({"model_type": "llama", **_rope("yarn", **_SCALED)}, "YaRN frequencies and scale"),
-    "llama (linear)": Family({"model_type": "llama", **_rope("linear", factor=4.0)}, "positions divided", slow=True),
+    "llama (linear)": Family({"model_type": "llama", **_rope("linear", factor=4.0)}, "positions divided"),
     "llama (biases)": Family(
         {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
         "a bias everywhere, MQA",
-        slow=True,
     ),
     **{
-        f"llama (head size {size})": Family(
-            {"model_type": "llama", "head_dim": size}, f"heads of {size}", slow=size != 80
-        )
+        f"llama (head size {size})": Family({"model_type": "llama", "head_dim": size}, f"heads of {size}")
         for size in (64, 80, 96, 128, 256)
     },
     "mistral": Family({"model_type": "mistral", **_WINDOWS}, "sliding window"),
@@ -57,7 +53,6 @@ FAMILIES: dict[str, Family] = {
     "qwen2 (windows)": Family(
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
         "a window in some layers",
-        slow=True,
     ),
     "qwen3": Family({"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 1}, "q and k normed, MQA"),
     "qwen3_moe": Family(
@@ -93,7 +88,6 @@ FAMILIES: dict[str, Family] = {
     "phi3 (longrope, short)": Family(
         {"model_type": "phi3", "original_max_position_embeddings": 64, **_rope("longrope", **_LONG)},
         "RoPE factors of sequences up to the original length",
-        slow=True,
     ),
     "phi3 (longrope, long)": Family(
         {"model_type": "phi3", "original_max_position_embeddings": 16, **_rope("longrope", **_LONG)},
@@ -124,7 +118,6 @@ FAMILIES: dict[str, Family] = {
     "falcon (grouped)": Family(
         {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
         "GQA, two norms",
-        slow=True,
     ),
     "mpt": Family({"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, "ALiBi"),
     "opt": Family(
@@ -133,7 +126,6 @@ FAMILIES: dict[str, Family] = {
     "opt (narrow words)": Family(
         {"model_type": "opt", "ffn_dim": 80, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
         "embeddings narrower than the model, norms behind",
-        slow=True,
     ),
     "bloom": Family({"model_type": "bloom", "n_layer": 2, "n_head": 4}, "ALiBi, embeddings normed"),
     "stablelm": Family({"model_type": "stablelm"}, "partial RoPE, LayerNorm, SwiGLU"),
@@ -159,3 +151,10 @@ FAMILIES: dict[str, Family] = {
         "attention sinks, mixture of experts with biases and clipped SwiGLU, alternating windows",
     ),
 }
+
+QUICK = (
+    *("mixtral", "gemma2", "phi3 (longrope, long)", "gpt2", "gptj", "gpt_neox", "falcon (ALiBi)", "mpt", "opt"),
+    *("smollm3", "cohere", "gpt_oss"),
+)
+"""One for each thing that there is to get right; the others are nightly, since torch takes 10 s to export the smallest model.
+llama, llama3, qwen2, qwen3 and mistral are in test_serving.py as well."""

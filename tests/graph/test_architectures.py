@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import steps
 import tiny
-from families import FAMILIES, Family
+from families import FAMILIES, QUICK, Family
 from numpy.typing import NDArray
 from steps import PREEMPTED, PREEMPTED_SLOTS, RAGGED, worst_error
 
@@ -64,9 +64,7 @@ def controls(engine: Engine, expected: Logits) -> dict[str, float]:
     return {spoil.__name__: in_flight(engine, expected, spoil) for spoil in spoils}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if family.slow else []) for n, family in FAMILIES.items()]
-)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
 def test_the_engine_answers_like_transformers(tmp_path: Path, name: str) -> None:
     family = FAMILIES[name]
     model = tiny.make_model(family.config)
