@@ -317,7 +317,10 @@ class _Checker:
         """Declared types and shapes of inputs, outputs and the values between."""
         for value in values:
             self._name(value.name, "a value")
-            if (kind := value.type.WhichOneof("value")) not in (None, "tensor_type", "sequence_type"):
+            declared = value.type
+            while declared.WhichOneof("value") == "sequence_type":
+                declared = declared.sequence_type.elem_type
+            if (kind := declared.WhichOneof("value")) not in (None, "tensor_type"):
                 raise self.fail(f"{value.name!r} is no tensor ({kind.removesuffix('_type')}): nothing here can use it")
             dims = value.type.tensor_type.shape.dim
             if len(dims) > RANK_LIMIT or any(not 0 <= d.dim_value <= DIM_LIMIT for d in dims):

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 from onnx import TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
@@ -142,6 +142,8 @@ def from_proto(proto: onnx.ModelProto) -> gs.Graph:
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Variable) and isinstance(tensor.dtype, int) and tensor.dtype:
             tensor.dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.dtype))
+        elif isinstance(tensor, gs.Variable) and isinstance(tensor.dtype, Message):
+            tensor.dtype = None  # a value whose declared type is empty
     return graph
 
 

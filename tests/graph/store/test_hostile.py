@@ -196,6 +196,10 @@ STRUCTURE: dict[str, tuple[Change, str]] = {
         lambda m: m.graph.value_info.add(name="x").type.opaque_type.SetInParent(),
         "'x' is no tensor (opaque)",
     ),
+    "a list of what is no tensor": (
+        lambda m: m.graph.value_info.add(name="x").type.sequence_type.elem_type.opaque_type.SetInParent(),
+        "'x' is no tensor (opaque)",
+    ),
     "a name that is not UTF-8": (not_utf8, "not UTF-8"),
     "an attribute's text that is not UTF-8": (
         lambda m: add(m, "Gelu", ["embed"], ["gelu"], approximate=b"\xff"),

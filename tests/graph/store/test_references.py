@@ -75,7 +75,7 @@ def test_an_optimized_graph_refers_as_well_and_builds(both: Path, tmp_path: Path
 
 def test_nothing_is_read_that_nobody_allowed(both: Path) -> None:
     folder = str((both / "checkpoint").resolve())
-    assert f"refers to weights in {folder!r}; pass weights_from=" in refusal(both, None)
+    assert f"refers to weights in {folder!r}; name that folder if you trust it" in refusal(both, None)
     assert "which is not in" in refusal(both, both / "graph")
 
 
