@@ -67,6 +67,8 @@ def same_as_cached_generation(logits: list[np.ndarray], model: Any, vocab: int) 
 
 
 MARKS = {
+    "no positions": [pytest.mark.slow],
+    "weights inside": [pytest.mark.slow],
     "opset 18, not optimized": [pytest.mark.slow],
     "opset 23, not optimized": [pytest.mark.slow],
 }
