@@ -86,7 +86,7 @@ class Manifest:
             raise EngineError(f"{folder}: no {MANIFEST} there; expected an engine folder that llmlab built")
         data = read_json(path, EngineError)
         version = data.get("format") if isinstance(data, dict) else None
-        if version != ENGINE_FORMAT:
+        if version != ENGINE_FORMAT or isinstance(version, bool):
             made = f", made by llmlab {data.get('llmlab')}" if isinstance(data, dict) and data.get("llmlab") else ""
             raise EngineError(
                 f"{folder}: engine format {version!r}{made}, this llmlab reads {ENGINE_FORMAT}: build it again, or update llmlab"
