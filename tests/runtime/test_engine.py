@@ -111,7 +111,7 @@ def test_an_edited_manifest_is_seen(folder: Path) -> None:
     assert "its contents are not what was built" in refusal(folder)
 
 
-@pytest.mark.parametrize("version", [2, 99, None, "1", 1.5, [1]])
+@pytest.mark.parametrize("version", [2, 99, None, "1", 1.5, [1], True])
 def test_another_version_says_what_to_do(folder: Path, version: Any) -> None:
     rewrite(folder, lambda data: data.update(format=version, llmlab="7.0"))
     message = refusal(folder)
