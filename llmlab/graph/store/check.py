@@ -8,26 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
 from llmlab.errors import GraphError
 from llmlab.files import COUNT_LIMIT, DIM_LIMIT, NAME_LIMIT, RANK_LIMIT
+from llmlab.graph.store.signatures import Signature, standard_signature
+from llmlab.graph.store.tensors import misfit
 
 STANDARD = ("", "ai.onnx")
 _OWN_ATTRIBUTE = "llmlab_"  # what a pass leaves on a standard node for the next one
-_TYPED_DATA = {  # the field that holds a tensor's values where raw_data doesn't
-    TensorProto.FLOAT: "float_data",
-    TensorProto.DOUBLE: "double_data",
-    TensorProto.INT64: "int64_data",
-    TensorProto.UINT32: "uint64_data",
-    TensorProto.UINT64: "uint64_data",
-}
 _VALUE_FIELDS = {
     AttributeProto.FLOAT: "f",
     AttributeProto.INT: "i",
@@ -42,15 +34,6 @@ _VALUE_FIELDS = {
 }
 
 
-class Signature(NamedTuple):
-    """What an operator takes and gives."""
-
-    inputs: tuple[int, int]
-    outputs: tuple[int, int]
-    attributes: dict[str, int]
-    required: tuple[str, ...]
-
-
 def check_model(model: onnx.ModelProto, where: Path, *, domains: Collection[str] | None) -> None:
     """Raise GraphError, one line, at the first thing in `model` that is malformed, absurd or unknown.
 
@@ -60,28 +43,6 @@ def check_model(model: onnx.ModelProto, where: Path, *, domains: Collection[str]
         _Checker(model, where, domains).run()
     except UnicodeError as problem:
         raise GraphError(f"{where}: malformed (text that is not UTF-8): altered, export it again") from problem
-
-
-def tensor_dtype(tensor: TensorProto) -> np.dtype:
-    """NumPy's type of a tensor. KeyError for one that ONNX doesn't know."""
-    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-
-
-def tensor_bytes(tensor: TensorProto) -> int:
-    """The bytes its declared shape asks for, in Python's integers: an absurd shape can't overflow."""
-    bits = 4 if tensor.data_type in _FOUR_BITS else 2 if tensor.data_type in _TWO_BITS else 0
-    size = bits or 8 * tensor_dtype(tensor).itemsize
-    for dim in tensor.dims:
-        size *= dim
-    return -(-size // 8)
-
-
-def _types(*names: str) -> frozenset[int]:
-    return frozenset(number for name, number in TensorProto.DataType.items() if name in names)
-
-
-_FOUR_BITS = _types("INT4", "UINT4", "FLOAT4E2M1")
-_TWO_BITS = _types("INT2", "UINT2")
 
 
 class _Checker:
@@ -248,7 +209,7 @@ class _Checker:
             raise self.fail(f"{label}: no version of the operator set {domain!r} is declared")
         if domain:
             return None
-        found = _schema(node.op_type, version)
+        found = standard_signature(node.op_type, version)
         if found is None:
             raise self.fail(f"{label}: opset {version} has no operator of that name")
         return found
@@ -284,34 +245,11 @@ class _Checker:
                 text.decode()
 
     def _tensor(self, tensor: TensorProto, label: str) -> None:
-        """The declared type and shape against the bytes that are there. External data is the loader's to check."""
-        try:
-            tensor_dtype(tensor)
-        except KeyError:
-            raise self.fail(f"{label} has type {tensor.data_type}, which ONNX doesn't know") from None
-        if tensor.data_type in (TensorProto.STRING, TensorProto.UNDEFINED) or tensor.HasField("segment"):
-            raise self.fail(f"{label} is of a kind that a language model has no use for")
         for entry in tensor.external_data:
             self._name(entry.key, label)
             self._name(entry.value, label)
-        if len(tensor.dims) > RANK_LIMIT or any(not 0 <= d <= DIM_LIMIT for d in tensor.dims):
-            raise self.fail(f"{label} has an absurd shape {list(tensor.dims)[:RANK_LIMIT]}")
-        if tensor.data_location == TensorProto.EXTERNAL:
-            return
-        wanted = tensor_bytes(tensor)
-        if tensor.HasField("raw_data"):
-            found = len(tensor.raw_data)
-        else:
-            count = len(getattr(tensor, _TYPED_DATA.get(tensor.data_type, "int32_data")))
-            elements = int(np.prod(tensor.dims, dtype=object))
-            packed = -(-elements * (4 if tensor.data_type in _FOUR_BITS else 2) // 8)
-            per = packed if tensor.data_type in _FOUR_BITS | _TWO_BITS else elements
-            per *= 2 if tensor.data_type in _COMPLEX else 1
-            found = wanted if count == per else -1
-        if found != wanted:
-            raise self.fail(
-                f"{label} of shape {list(tensor.dims)} needs {wanted} bytes, and its data has another size: truncated or altered"
-            )
+        if (problem := misfit(tensor)) is not None:
+            raise self.fail(f"{label} {problem}")
 
     def _values(self, values: Iterable[onnx.ValueInfoProto]) -> None:
         """Declared types and shapes of inputs, outputs and the values between."""
@@ -341,7 +279,6 @@ class _Checker:
             raise self.fail(f"a name holds control characters ({name[:40]!r}): altered, export it again")
 
 
-_COMPLEX = _types("COMPLEX64", "COMPLEX128")
 _KNOWN_TYPES = frozenset(TensorProto.DataType.values())
 
 
@@ -354,18 +291,3 @@ def _subgraphs(node: NodeProto) -> Iterator[GraphProto]:
 
 def _duplicate(names: Iterable[str]) -> str | None:
     return next((n for n, count in Counter(names).items() if count > 1), None)
-
-
-@cache
-def _schema(op: str, version: int) -> Signature | None:
-    if not onnx.defs.has(op):
-        return None
-    try:
-        schema = onnx.defs.get_schema(op, version)
-    except onnx.defs.SchemaError:
-        return None
-    if schema.deprecated:
-        return None
-    attributes = {name: int(a.type.value) for name, a in schema.attributes.items()}
-    required = tuple(name for name, a in schema.attributes.items() if a.required)
-    return Signature((schema.min_input, schema.max_input), (schema.min_output, schema.max_output), attributes, required)

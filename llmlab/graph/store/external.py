@@ -14,7 +14,7 @@ import numpy as np
 from onnx import TensorProto
 
 from llmlab.errors import GraphError
-from llmlab.graph.store.check import tensor_bytes, tensor_dtype
+from llmlab.graph.store.tensors import tensor_bytes, tensor_dtype
 
 _DIGITS = 20  # of a number in an entry; 2⁶⁴ has as many
 
