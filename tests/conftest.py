@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import tiny
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
