@@ -36,6 +36,10 @@ class EngineError(LlmlabError):
     """An engine folder is damaged, altered, or of a version that this llmlab can't run."""
 
 
+class GpuLostError(EngineError):
+    """The GPU failed while it ran; nothing more runs on it in this process."""
+
+
 class MissingDependencyError(LlmlabError, ImportError):
     """An optional library is not installed; the message names the extra that brings it."""
 
