@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from llmlab.runtime.engine import Engine as Engine
     from llmlab.runtime.llm import LLM as LLM
     from llmlab.runtime.params import SamplingParams as SamplingParams
+    from llmlab.tensorrt.config import BuildConfig as BuildConfig
 
 _HOME = {
     "export": "llmlab.graph.export",
@@ -45,6 +46,7 @@ _HOME = {
     "cut": "llmlab.graph.cut",
     "convert": "llmlab.graph.convert",
     "build": "llmlab.build",
+    "BuildConfig": "llmlab.tensorrt.config",
     "Graph": "llmlab.graph.graph",
     "Engine": "llmlab.runtime.engine",
     "LLM": "llmlab.runtime.llm",
@@ -68,6 +70,7 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "convert",
     "cut",
     "build",
+    "BuildConfig",
     "Graph",
     "Engine",
     "LLM",
