@@ -1,0 +1,71 @@
+"""Weak typing: the ONNX file is in float32, and the builder chooses. This says where it may not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmlab.errors import InputError
+
+
+@dataclass(frozen=True)
+class WeakTyping:
+    """What a file in float32 leaves open, for a TensorRT that chooses precisions itself."""
+
+    io: Mapping[str, str] = field(default_factory=dict)
+    """Inputs and outputs that are of another type than the file's, such as float16 between pieces."""
+    float32: Collection[str] = ()
+    """Names of ONNX nodes that must compute in float32: norms, softmax, logits."""
+
+
+def apply_weak_typing(trt: Any, network: Any, typing: WeakTyping) -> int:
+    """Declare it in a parsed network; gives how many layers were held in float32. InputError for a name that isn't there."""
+    types = {"float16": trt.float16, "float32": trt.float32, "int32": trt.int32}
+    tensors = {t.name: t for t in _tensors(network)}
+    for name, dtype in typing.io.items():
+        if name not in tensors or dtype not in types:
+            raise InputError(
+                f"weak typing of {name} as {dtype}: expected {', '.join(sorted(types))} of {', '.join(sorted(tensors))}"
+            )
+        tensors[name].dtype = types[dtype]
+    wanted = set(typing.float32)
+    found, held = set(), 0
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        node = _node_of(layer, wanted)
+        if node is None:
+            continue
+        found.add(node)
+        held += _hold(trt, layer)
+    if missing := wanted - found:
+        raise InputError(
+            f"the parsed network has no layer of {min(missing)}, which must stay float32 ({len(missing)} such)"
+        )
+    return held
+
+
+def _hold(trt: Any, layer: Any) -> bool:
+    """Hold a layer and its outputs in float32, unless it deals in shapes or indices or only carries a weight."""
+    if layer.type in (trt.LayerType.CONSTANT, trt.LayerType.SHAPE):
+        return False
+    outputs = range(layer.num_outputs)
+    if any(layer.get_output(i).dtype not in (trt.float32, trt.float16) for i in outputs):
+        return False
+    layer.precision = trt.float32
+    for i in outputs:
+        if not layer.get_output(i).is_network_output:  # whose type is declared already
+            layer.set_output_type(i, trt.float32)
+    return True
+
+
+def _node_of(layer: Any, wanted: Collection[str]) -> str | None:
+    """The wanted ONNX node that a layer was made of. The parser numbers further layers of a node: `name_3`."""
+    if layer.name in wanted:
+        return str(layer.name)
+    head, _, tail = layer.name.rpartition("_")
+    return head if tail.isdecimal() and head in wanted else None
+
+
+def _tensors(network: Any) -> list[Any]:
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    return inputs + [network.get_output(i) for i in range(network.num_outputs)]
