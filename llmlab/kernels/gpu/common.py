@@ -37,7 +37,9 @@ def score(q, k, scale2, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def block_rows(block_table, keys, length, head, kv_heads, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Offset (elements) in a pool half [blocks, kv_heads, BLOCK_SIZE, HEAD_DIM] of each of `keys` of one sequence."""
+def block_rows(
+    block_table, keys, length, head, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Offset (elements) in a pool half [blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM] of each of `keys` of one sequence."""
     block = tl.load(block_table + keys // BLOCK_SIZE, mask=keys < length, other=0).to(tl.int64)
-    return ((block * kv_heads + head) * BLOCK_SIZE + keys % BLOCK_SIZE) * HEAD_DIM
+    return ((block * KV_HEADS + head) * BLOCK_SIZE + keys % BLOCK_SIZE) * HEAD_DIM

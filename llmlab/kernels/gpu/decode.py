@@ -11,9 +11,9 @@ tl = require("triton.language", "tensorrt")
 
 @triton.jit
 def paged_decode(
-    out,  # [T, num_heads · HEAD_DIM]; written where SPLITS is 1
-    partial,  # f32 [B, num_heads, SPLITS, HEAD_DIM]; written where SPLITS is not 1
-    partial_lse,  # f32 [B, num_heads, SPLITS]: log2 of the split's softmax sum, -inf where it has no keys
+    out,  # [T, num_heads · HEAD_DIM]; written where not SPLIT
+    partial,  # f32 [B, num_heads, splits, HEAD_DIM]; written where SPLIT
+    partial_lse,  # f32 [B, num_heads, splits]: log2 of the split's softmax sum, -inf where it has no keys
     q,  # [T, num_heads · HEAD_DIM], rows `q_stride` apart
     pool,  # [2, blocks, kv_heads, BLOCK_SIZE, HEAD_DIM]
     query_start,  # i32 [B+1]
@@ -27,21 +27,22 @@ def paged_decode(
     q_stride,
     pool_half,  # elements of the keys' half of the pool
     table_stride,
-    kv_heads,
+    splits,  # programs that share a sequence's keys; read where SPLIT
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads a KV head
     GROUP_PAD: tl.constexpr,  # GROUP rounded up to a power of two, at least 16: the rows of a tensor-core tile
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,  # HEAD_DIM rounded up to a power of two
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,  # keys a step of the loop
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether a sequence's keys are shared by several programs
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
     SINKS: tl.constexpr,
     QUANTIZED: tl.constexpr,
 ):
-    """Grid (B, kv_heads, SPLITS). Sequences with another number of new tokens than one are left alone."""
+    """Grid (B, KV_HEADS, splits). Sequences with another number of new tokens than one are left alone."""
     seq, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(query_start + seq)
     if tl.load(query_start + seq + 1) - row != 1:
@@ -63,9 +64,11 @@ def paged_decode(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0) // TILE * TILE
-    tiles = tl.cdiv(tl.cdiv(length - first, TILE), SPLITS)
-    start = first + split * tiles * TILE
-    end = tl.minimum(start + tiles * TILE, length)
+    start, end = first, length
+    if SPLIT:
+        tiles = tl.cdiv(tl.cdiv(length - first, TILE), splits)
+        start = first + split * tiles * TILE
+        end = tl.minimum(start + tiles * TILE, length)
 
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
@@ -76,7 +79,7 @@ def paged_decode(
     table = block_table + seq * table_stride
     for at in range(start, end, TILE):
         keys = at + tl.arange(0, TILE)
-        rows = block_rows(table, keys, end, head, kv_heads, BLOCK_SIZE, HEAD_DIM)
+        rows = block_rows(table, keys, end, head, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
         visible = keys < end
         if WINDOW > 0:
             visible = visible & (keys >= length - WINDOW)
@@ -96,17 +99,17 @@ def paged_decode(
 
     if QUANTIZED:
         acc = acc * tl.load(v_scale + head)
-    if SPLITS == 1:
+    if not SPLIT:
         if SINKS:
             total += tl.exp2(tl.load(sinks + heads, mask=real, other=0.0) * LOG2E - best)
         result = acc / total[:, None]
         tl.store(
-            out + row.to(tl.int64) * (kv_heads * GROUP * HEAD_DIM) + heads[:, None] * HEAD_DIM + dims[None],
+            out + row.to(tl.int64) * (KV_HEADS * GROUP * HEAD_DIM) + heads[:, None] * HEAD_DIM + dims[None],
             result.to(out.dtype.element_ty),
             mask=real[:, None] & in_head[None],
         )
     else:
-        place = (seq * kv_heads * GROUP + heads) * SPLITS + split
+        place = (seq * KV_HEADS * GROUP + heads) * splits + split
         safe = tl.where(total > 0, total, 1.0)
         tl.store(partial_lse + place, tl.where(total > 0, best + tl.log2(safe), float("-inf")), mask=real)
         tl.store(
@@ -119,30 +122,30 @@ def paged_decode(
 @triton.jit
 def merge_splits(
     out,  # [T, num_heads · HEAD_DIM]
-    partial,  # f32 [B, num_heads, SPLITS, HEAD_DIM]
-    partial_lse,  # f32 [B, num_heads, SPLITS]
+    partial,  # f32 [B, NUM_HEADS, splits, HEAD_DIM]
+    partial_lse,  # f32 [B, NUM_HEADS, splits]
     query_start,  # i32 [B+1]
-    sinks,  # f32 [num_heads]; read where SINKS
-    num_heads,
+    sinks,  # f32 [NUM_HEADS]; read where SINKS
+    splits,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
+    MOST: tl.constexpr,  # power of two, at least the most splits there are
     SINKS: tl.constexpr,
 ):
-    """Grid (B, num_heads): the splits' results, weighted by their softmax sums."""
+    """Grid (B, NUM_HEADS): the splits' results, weighted by their softmax sums."""
     seq, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(query_start + seq)
     if tl.load(query_start + seq + 1) - row != 1:
         return
-    splits, dims = tl.arange(0, SPLITS_PAD), tl.arange(0, DIM_PAD)
-    place = (seq * num_heads + head) * SPLITS + splits
-    lse = tl.load(partial_lse + place, mask=splits < SPLITS, other=float("-inf"))
+    split, dims = tl.arange(0, MOST), tl.arange(0, DIM_PAD)
+    place = (seq * NUM_HEADS + head) * splits + split
+    lse = tl.load(partial_lse + place, mask=split < splits, other=float("-inf"))
     best = tl.max(lse, 0)
     weight = tl.exp2(lse - best)
     values = tl.load(
         partial + place[:, None].to(tl.int64) * HEAD_DIM + dims[None],
-        mask=(splits < SPLITS)[:, None] & (dims < HEAD_DIM)[None],
+        mask=(split < splits)[:, None] & (dims < HEAD_DIM)[None],
         other=0.0,
     )
     total = tl.sum(weight, 0)
@@ -150,7 +153,7 @@ def merge_splits(
         total += tl.exp2(tl.load(sinks + head) * LOG2E - best)
     result = tl.sum(values * weight[:, None], 0) / total
     tl.store(
-        out + (row.to(tl.int64) * num_heads + head) * HEAD_DIM + dims,
+        out + (row.to(tl.int64) * NUM_HEADS + head) * HEAD_DIM + dims,
         result.to(out.dtype.element_ty),
         mask=dims < HEAD_DIM,
     )

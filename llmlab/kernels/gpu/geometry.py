@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from llmlab.errors import InputError
+
+QUANTIZED_POOLS = ("int8", "float8_e4m3fn")
+MOST_SPLITS = 64
+"""Programs that share a sequence's keys, at most; a power of two."""
+
 
 def power_of_two(n: int, at_least: int = 1) -> int:
     """The smallest power of two that is not under `n` or `at_least`."""
@@ -33,6 +39,7 @@ class AttentionKind:
 
     def _common(self) -> dict[str, Any]:
         return {
+            "KV_HEADS": self.kv_heads,
             "GROUP": self.group,
             "HEAD_DIM": self.head_dim,
             "DIM_PAD": power_of_two(self.head_dim, 16),
@@ -54,11 +61,40 @@ class Launch:
     grid: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class AttentionVariant:
+    """A layer's kernels as they are compiled: its kind, the types of its tensors, and how many channels of a head turn.
+
+    dtype: float16 or bfloat16, of q, k, v and the result. kv_dtype: of the pool; dtype, or int8 or float8_e4m3fn where the kind is quantized.
+    """
+
+    kind: AttentionKind
+    dtype: str = "float16"
+    kv_dtype: str = "float16"
+    rotary: int = 0
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        pools = QUANTIZED_POOLS if self.kind.quantized else (self.dtype,)
+        if self.dtype not in ("float16", "bfloat16") or self.kv_dtype not in pools:
+            raise InputError(
+                f"attention in {self.dtype} over a KV pool of {self.kv_dtype}: expected float16 or bfloat16, and a pool of "
+                f"{' or '.join(pools)}"
+            )
+
+    def write(self, tokens: int) -> Launch:
+        return write(self.kind, tokens, rotary=self.rotary, interleaved=self.interleaved)
+
+    def constants(self, launch: Launch) -> dict[str, Any]:
+        """What tells this variant's compiled kernel from others of its name."""
+        return {**launch.constants, "DTYPE": self.dtype, "KV_DTYPE": self.kv_dtype}
+
+
 def decode_splits(kind: AttentionKind, batch: int, longest: int, multiprocessors: int) -> int:
     """Programs that share a sequence's keys: two a multiprocessor over the whole grid, none with fewer than 256 keys."""
     wanted = 2 * multiprocessors // max(1, batch * kind.kv_heads)
     seen = min(longest, kind.window) if kind.window else longest
-    return max(1, min(wanted, 64, -(-seen // 256)))
+    return max(1, min(wanted, MOST_SPLITS, -(-seen // 256)))
 
 
 def decode(kind: AttentionKind, batch: int, splits: int) -> Launch:
@@ -68,18 +104,18 @@ def decode(kind: AttentionKind, batch: int, splits: int) -> Launch:
         **kind._common(),
         "GROUP_PAD": power_of_two(kind.group, 16),
         "TILE": 64 if wide else 128,
-        "SPLITS": splits,
+        "SPLIT": splits > 1,
     }
     return Launch(constants, {"num_warps": 4, "num_stages": 3}, (batch, kind.kv_heads, splits))
 
 
-def merge(kind: AttentionKind, batch: int, splits: int) -> Launch:
+def merge(kind: AttentionKind, batch: int) -> Launch:
     """`merge_splits` behind a `decode` with more than one split."""
     constants = {
+        "NUM_HEADS": kind.num_heads,
         "HEAD_DIM": kind.head_dim,
         "DIM_PAD": power_of_two(kind.head_dim, 16),
-        "SPLITS": splits,
-        "SPLITS_PAD": power_of_two(splits),
+        "MOST": MOST_SPLITS,
         "SINKS": kind.sinks,
     }
     return Launch(constants, {"num_warps": 4, "num_stages": 1}, (batch, kind.num_heads))
@@ -87,7 +123,8 @@ def merge(kind: AttentionKind, batch: int, splits: int) -> Launch:
 
 def prefill(kind: AttentionKind, tokens: int, batch: int, *, decodes: bool) -> Launch:
     """`paged_prefill` for `tokens` new tokens of `batch` sequences; `decodes`: those with a single one too."""
-    small = tokens * kind.group <= 16 * batch  # mostly decodes: a large tile would be mostly empty
+    # Few rows a sequence: a large tile would be mostly empty. Where decodes are done elsewhere, what is left has more of them.
+    small = tokens * kind.group <= (16 if decodes else 4) * batch
     rows = max(16 if small else 128 if kind.head_dim <= 128 else 64, power_of_two(kind.group))
     per_tile = rows // kind.group
     wide = kind.head_dim > 64
@@ -102,14 +139,21 @@ def prefill(kind: AttentionKind, tokens: int, batch: int, *, decodes: bool) -> L
     return Launch(constants, options, (tokens // per_tile + batch, kind.kv_heads))
 
 
-def locate(kind: AttentionKind, batch: int, chunks: int = 1) -> Launch:
+def prefill_launches(kind: AttentionKind) -> list[Launch]:
+    """Every form of `paged_prefill` that a step with several new tokens a sequence may take, beside a `decode` of the others."""
+    launches = [prefill(kind, tokens, 1, decodes=False) for tokens in (1, 1 << 20)]
+    return launches if launches[0].constants != launches[1].constants else launches[:1]
+
+
+def locate(block_size: int, batch: int) -> Launch:
     """`locate_tokens`, once a step."""
-    return Launch({"BLOCK_SIZE": kind.block_size, "CHUNK": 128}, {"num_warps": 4}, (batch, chunks))
+    return Launch({"BLOCK_SIZE": block_size, "CHUNK": 128}, {"num_warps": 4}, (batch, 1))
 
 
 def write(kind: AttentionKind, tokens: int, *, rotary: int, interleaved: bool) -> Launch:
     """`rope_and_write` for `tokens` new tokens; `rotary` channels of a head turn."""
     constants = {
+        "KV_HEADS": kind.kv_heads,
         "GROUP": kind.group,
         "GROUP_PAD": power_of_two(kind.group),
         "HEAD_DIM": kind.head_dim,

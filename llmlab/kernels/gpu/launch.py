@@ -57,14 +57,22 @@ def write(step: Step, q_out: Any) -> None:
     kind, tokens = step.kind, len(step.position_ids)
     slots = torch.full((tokens,), -1, dtype=torch.int64, device=step.q.device)
     batch, stride = len(step.kv_len), step.block_table.stride(0)
-    _start(locate_tokens, geometry.locate(kind, batch), slots, step.query_start, step.kv_len, step.block_table, stride)
+    _start(
+        locate_tokens,
+        geometry.locate(kind.block_size, batch),
+        slots,
+        step.query_start,
+        step.kv_len,
+        step.block_table,
+        stride,
+    )
     rotary = 0 if step.cos is None else 2 * step.cos.shape[1]
     _start(
         rope_and_write,
         geometry.write(kind, tokens, rotary=rotary, interleaved=step.interleaved),
         *(q_out, step.pool, step.q, step.k, step.v, slots, step.position_ids, step.cos, step.sin),
         *(step.k_scale, step.v_scale, step.q.stride(0), step.k.stride(0), step.v.stride(0)),
-        *(step._pool_half, kind.kv_heads),
+        step._pool_half,
     )
 
 
@@ -79,11 +87,10 @@ def decode(step: Step, q: Any, out: Any, splits: int) -> None:
         geometry.decode(kind, batch, splits),
         *(out, partial, lse, q, step.pool, step.query_start, step.kv_len, step.block_table),
         *(step.alibi_slopes, step.sinks, step.k_scale, step.v_scale, step.scale),
-        *(q.stride(0), step._pool_half, step.block_table.stride(0), kind.kv_heads),
+        *(q.stride(0), step._pool_half, step.block_table.stride(0), splits),
     )
     if splits > 1:
-        arguments = (out, partial, lse, step.query_start, step.sinks, kind.num_heads)
-        _start(merge_splits, geometry.merge(kind, batch, splits), *arguments)
+        _start(merge_splits, geometry.merge(kind, batch), out, partial, lse, step.query_start, step.sinks, splits)
 
 
 def prefill(step: Step, q: Any, out: Any, *, decodes: bool) -> None:
@@ -94,5 +101,5 @@ def prefill(step: Step, q: Any, out: Any, *, decodes: bool) -> None:
         geometry.prefill(kind, len(q), batch, decodes=decodes),
         *(out, q, step.pool, step.query_start, step.kv_len, step.block_table),
         *(step.alibi_slopes, step.sinks, step.k_scale, step.v_scale, step.scale),
-        *(q.stride(0), step._pool_half, step.block_table.stride(0), kind.kv_heads, batch),
+        *(q.stride(0), step._pool_half, step.block_table.stride(0), batch),
     )

@@ -11,15 +11,15 @@ tl = require("triton.language", "tensorrt")
 
 @triton.jit
 def _attend(
-    q_tile, acc, total, best, start, end, table, pool, pool_half, head, kv_heads, at, slope, scale2, dims,
-    HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    q_tile, acc, total, best, start, end, table, pool, pool_half, head, at, slope, scale2, dims,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys start:end. MASKED: some of them may be hidden from some rows; `at` [rows] is each row's position."""
     in_head = dims < HEAD_DIM
     for first in range(start, end, TILE):
         keys = first + tl.arange(0, TILE)
-        rows = block_rows(table, keys, end, head, kv_heads, BLOCK_SIZE, HEAD_DIM)
+        rows = block_rows(table, keys, end, head, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
         if MASKED:
             k = tl.load(pool + rows[None] + dims[:, None], mask=(keys < end)[None] & in_head[:, None], other=0.0)
             v = tl.load(
@@ -65,8 +65,8 @@ def paged_prefill(
     q_stride,
     pool_half,
     table_stride,
-    kv_heads,
     num_seqs,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
@@ -81,7 +81,7 @@ def paged_prefill(
     QUANTIZED: tl.constexpr,
     DECODES: tl.constexpr,  # whether sequences with one new token are done here too
 ):
-    """Grid (T // TOKENS + B, kv_heads): see `find_sequence`; tiles past a sequence's end return at once."""
+    """Grid (T // TOKENS + B, KV_HEADS): see `find_sequence`; tiles past a sequence's end return at once."""
     # Later tiles see more keys: they start first, so that the longest don't finish last.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
@@ -121,17 +121,17 @@ def paged_prefill(
     if WINDOW == 0:
         plain = (past + token + 1) // TILE * TILE  # whole tiles of keys that every row sees
         acc, total, best = _attend(
-            q_tile, acc, total, best, 0, plain, table, pool, pool_half, head, kv_heads, at, slope, scale2, dims,
-            HEAD_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, ALIBI, False,
+            q_tile, acc, total, best, 0, plain, table, pool, pool_half, head, at, slope, scale2, dims,
+            KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, ALIBI, False,
         )  # fmt: skip
     acc, total, best = _attend(
-        q_tile, acc, total, best, plain, last, table, pool, pool_half, head, kv_heads, at, slope, scale2, dims,
-        HEAD_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, ALIBI, True,
+        q_tile, acc, total, best, plain, last, table, pool, pool_half, head, at, slope, scale2, dims,
+        KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, ALIBI, True,
     )  # fmt: skip
     if QUANTIZED:
         acc = acc * tl.load(v_scale + head)
     if SINKS:
         total += tl.exp2(tl.load(sinks + heads) * LOG2E - best)
     result = acc / total[:, None]
-    width = kv_heads * GROUP * HEAD_DIM
+    width = KV_HEADS * GROUP * HEAD_DIM
     tl.store(out + (where * width + heads * HEAD_DIM)[:, None] + dims[None], result.to(out.dtype.element_ty), mask=mask)

@@ -10,7 +10,7 @@ tl = require("triton.language", "tensorrt")
 
 @triton.jit
 def locate_tokens(
-    slots,  # i64 [T]: block · BLOCK_SIZE + offset of each token in the pool
+    slots,  # i64 [T]: block · BLOCK_SIZE + offset of each token in the pool; rows of no sequence are left alone
     query_start,  # i32 [B+1]
     kv_len,  # i32 [B]
     block_table,  # i32 [B, table_stride]
@@ -41,13 +41,13 @@ def _quantize(x, scale, dtype: tl.constexpr):
 
 @triton.jit
 def rope_and_write(
-    q_out,  # [T, kv_heads · GROUP · HEAD_DIM]
+    q_out,  # [T, KV_HEADS · GROUP · HEAD_DIM]
     pool,  # [2, blocks, kv_heads, BLOCK_SIZE, HEAD_DIM]
     q,  # rows `q_stride` apart
     k,  # rows `k_stride` apart
     v,  # rows `v_stride` apart
-    slots,  # i64 [T], of locate_tokens
-    position_ids,  # i64 [T]
+    slots,  # i64 [T], of locate_tokens; -1 for a row of no sequence
+    position_ids,  # i32 or i64 [T]
     cos,  # f32 [positions, ROTARY / 2]
     sin,
     k_scale,  # f32 [kv_heads]; read where QUANTIZED
@@ -56,7 +56,7 @@ def rope_and_write(
     k_stride,
     v_stride,
     pool_half,
-    kv_heads,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -66,8 +66,11 @@ def rope_and_write(
     INTERLEAVED: tl.constexpr,
     QUANTIZED: tl.constexpr,
 ):
-    """Grid (T, kv_heads): one token's group of query heads, its key and its value."""
+    """Grid (T, KV_HEADS): one token's group of query heads, its key and its value. Rows whose slot is negative are left alone."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + token)
+    if slot < 0:
+        return
     dims = tl.arange(0, DIM_PAD)
     in_head = dims < HEAD_DIM
     member = tl.arange(0, GROUP_PAD)
@@ -92,12 +95,11 @@ def rope_and_write(
         k_other = tl.load(k_row + partner, mask=turns, other=0.0).to(tl.float32)
         turned_q = turned_q * c[None] + q_other * s[None]
         turned_k = turned_k * c + k_other * s
-    width = kv_heads * GROUP * HEAD_DIM
+    width = KV_HEADS * GROUP * HEAD_DIM
     q_place = q_out + token * width + (head * GROUP + member)[:, None] * HEAD_DIM + dims[None]
     tl.store(q_place, turned_q.to(q_out.dtype.element_ty), mask=q_mask)
     value = tl.load(v + token * v_stride + head * HEAD_DIM + dims, mask=in_head, other=0.0).to(tl.float32)
-    slot = tl.load(slots + token)
-    place = ((slot // BLOCK_SIZE * kv_heads + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dims
+    place = ((slot // BLOCK_SIZE * KV_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dims
     if QUANTIZED:
         dtype: tl.constexpr = pool.dtype.element_ty
         tl.store(pool + place, _quantize(turned_k, tl.load(k_scale + head), dtype), mask=in_head)
