@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from llmlab.errors import InputError
 
@@ -164,3 +164,46 @@ def write(kind: AttentionKind, tokens: int, *, rotary: int, interleaved: bool) -
         "QUANTIZED": kind.quantized,
     }
     return Launch(constants, {"num_warps": 1}, (tokens, kind.kv_heads))
+
+
+@dataclass(frozen=True)
+class SamplingGrid:
+    """How the sampling kernels cut `rows` rows of `vocab` logits. The tokens don't depend on it."""
+
+    rows: int
+    vocab: int
+    splits: int
+    tile: int = 2048
+    MAX_SPLITS: ClassVar[int] = 64
+
+    @classmethod
+    def fill(cls, rows: int, vocab: int, multiprocessors: int) -> SamplingGrid:
+        """Eight programs a multiprocessor, as long as each has a whole tile of logits."""
+        wanted = -(-8 * multiprocessors // rows)
+        return cls(rows, vocab, max(1, min(wanted, cls.MAX_SPLITS, vocab // cls.tile)))
+
+    @property
+    def tiles_pad(self) -> int:
+        return power_of_two(-(-self.vocab // self.tile))
+
+    @property
+    def scratch_shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name → (dtype, shape) of what the kernels leave for each other."""
+        return {
+            "hist": ("int64", (self.rows, 6, 1024)),
+            "state": ("int64", (self.rows, 16)),
+            "mass": ("int64", (self.rows, self.tiles_pad)),
+            "parts": ("float32", (self.rows, 2, self.MAX_SPLITS)),
+            "first": ("int32", (self.rows, self.MAX_SPLITS)),
+        }
+
+    def launches(self) -> dict[str, Launch]:
+        """Kernel name → launch, in their order; `sample_narrow` goes six times."""
+        common = {"VOCAB": self.vocab, "TILE": self.tile, "MAX_SPLITS": self.MAX_SPLITS}
+        tiled, grid = common | {"TILES_PAD": self.tiles_pad}, (self.rows, self.splits)
+        return {
+            "sample_peaks": Launch(common, {"num_warps": 4}, grid),
+            "sample_narrow": Launch(common, {"num_warps": 8}, grid),
+            "sample_weigh": Launch(tiled, {"num_warps": 8}, grid),
+            "sample_choose": Launch(tiled, {"num_warps": 8}, (self.rows,)),
+        }
