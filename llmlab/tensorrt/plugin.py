@@ -8,7 +8,7 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cache, wraps
@@ -17,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from llmlab.cuda import Device
 from llmlab.errors import EngineError, LlmlabError
+from llmlab.kernels.binaries import KernelSet
+from llmlab.tensorrt.attention_launch import AttentionLaunch, workspace_bytes
 from llmlab.tensorrt.attention_node import AttentionNode
 
 DOMAIN, NAME, VERSION = "llmlab", "PagedAttention", "1"
@@ -38,7 +41,7 @@ class PluginHost:
 
     def __init__(self, trt: ModuleType) -> None:
         self.failures: list[BaseException] = []
-        self.kernels: Any = None
+        self.kernels: tuple[KernelSet, Device] | None = None
         self.creator = _creator(trt, self)
         if not trt.get_plugin_registry().register_creator(self.creator, DOMAIN):
             raise EngineError(f"{trt.__name__} {trt.__version__} did not take the plugin {DOMAIN}::{NAME}")
@@ -75,9 +78,9 @@ class PluginHost:
         return call
 
     @contextmanager
-    def launching(self, kernels: Any) -> Iterator[None]:
-        """Deserialise in here: the engine's layers launch from `kernels`, a KernelSet."""
-        self.kernels = kernels
+    def launching(self, kernels: KernelSet, device: Device) -> Iterator[None]:
+        """Deserialise in here: the engine's layers launch from `kernels`, on `device`."""
+        self.kernels = kernels, device
         try:
             yield
         finally:
@@ -111,6 +114,11 @@ def _creator(trt: Any, host: PluginHost) -> Any:
     return Creator()
 
 
+def _names(types: Iterable[Any]) -> list[str]:
+    """TensorRT's types by NumPy's names."""
+    return [_TYPES.get(t.name, t.name) for t in types]
+
+
 def plugin_fields(trt: Any, values: Mapping[str, float]) -> tuple[Any, list[Any]]:
     """A PluginFieldCollection of `values`, and what must live as long as it does: the collection holds bare pointers."""
     arrays, made = [], []
@@ -133,13 +141,13 @@ def _plugin_class(trt: Any, host: PluginHost) -> Any:
     ):
         """One layer. While an engine is built it launches nothing: TensorRT's inputs hold no step then."""
 
-        def __init__(self, node: AttentionNode, kernels: Any) -> None:
+        def __init__(self, node: AttentionNode, kernels: tuple[KernelSet, Device] | None) -> None:
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
                 base.__init__(self)
             self.plugin_name, self.plugin_namespace, self.plugin_version = NAME, DOMAIN, VERSION
             self.num_outputs = 2
             self._node, self._kernels = node, kernels
-            self._layer: Any = None
+            self._launch: AttentionLaunch | None = None
             self._fields, self._kept = plugin_fields(trt, asdict(node))
 
         # An exception in these two would end the process: they hold nothing that can raise one.
@@ -154,7 +162,7 @@ def _plugin_class(trt: Any, host: PluginHost) -> Any:
 
         @recorded
         def get_output_data_types(self, types: Sequence[Any]) -> list[Any]:
-            self._node.check_types([_TYPES.get(t.name, t.name) for t in types])
+            self._node.check_types(_names(types))
             return [types[0], types[self._node.pool]]
 
         @recorded
@@ -168,10 +176,9 @@ def _plugin_class(trt: Any, host: PluginHost) -> Any:
         @recorded
         def supports_format_combination(self, at: int, tensors: Sequence[Any], inputs: int) -> bool:
             names = (*self._node.inputs, "out", "pool")
-            rows = tensors[0].desc.type
             desc = tensors[at].desc
-            named = (_TYPES.get(t.name, t.name) for t in (desc.type, rows))
-            return desc.format == trt.TensorFormat.LINEAR and self._node.takes(names[at], *named)
+            dtype, rows = _names((desc.type, tensors[0].desc.type))
+            return desc.format == trt.TensorFormat.LINEAR and self._node.takes(names[at], dtype, rows)
 
         @recorded
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -179,7 +186,8 @@ def _plugin_class(trt: Any, host: PluginHost) -> Any:
 
         @recorded
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-            return 0
+            largest = {name: tuple(t.max) for name, t in zip(self._node.inputs, inputs, strict=True)}
+            return workspace_bytes(self._node, largest["position_ids"][0], largest["kv_len"][0])
 
         def get_valid_tactics(self) -> list[int]:
             return []
@@ -192,7 +200,9 @@ def _plugin_class(trt: Any, host: PluginHost) -> Any:
 
         @recorded
         def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            pass
+            # Kernels are loaded here: `enqueue` may be captured in a CUDA graph, where nothing can be loaded.
+            if self._kernels is not None and self._launch is None:
+                self._launch = AttentionLaunch(self._node, *self._kernels, _names(t.type for t in inputs))
 
         @recorded
         def enqueue(
@@ -206,5 +216,8 @@ def _plugin_class(trt: Any, host: PluginHost) -> Any:
         ) -> None:
             if self._kernels is None:
                 return
+            if self._launch is None:
+                raise EngineError("TensorRT ran PagedAttention without naming its shapes first")
+            self._launch.enqueue([tuple(t.dims) for t in input_desc], inputs, outputs[0], workspace, stream)
 
     return PagedAttentionPlugin

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,18 @@ from onnx import TensorProto, helper
 
 from llmlab.errors import EngineError
 from llmlab.tensorrt.attention_node import AttentionNode
+from llmlab.tensorrt.builder import build_plan
+from llmlab.tensorrt.config import BuildConfig
 from llmlab.tensorrt.layers import Listing, parse_listing
+from llmlab.tensorrt.library import resolve
 from llmlab.tensorrt.plugin import NAME, plugin_fields, plugin_host
 
-trt = pytest.importorskip("tensorrt_rtx")
+pytest.importorskip("tensorrt_rtx")
+
+LIBRARY = resolve("tensorrt-rtx")
+trt = LIBRARY.module
+CONFIG = BuildConfig(max_batch=4, max_tokens_per_step=8, decode_buckets=(), compute_capabilities=((8, 9),))
+Build = Callable[..., tuple[bytes, Listing]]
 
 NODE = AttentionNode(num_heads=4, kv_num_heads=2, head_dim=32, block_size=16, scale=0.25, rotary=16, packed=1)
 POOL: list[int | str] = [2, "blocks", 2, 16, 32]
@@ -57,41 +67,19 @@ def one_node(node: AttentionNode, *, rows: int = F16, **other: Any) -> onnx.Mode
     return helper.make_model(graph, ir_version=11, opset_imports=opsets)
 
 
-class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self.listing, self.errors = "", []
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    """The plan for SM89 and what is in it."""
 
-    def log(self, severity: Any, message: str) -> None:
-        if message.startswith("Layers:"):
-            self.listing = message
-        if severity <= trt.ILogger.ERROR:
-            self.errors.append(message)
+    def run(model: onnx.ModelProto, *, aliased: bool = True) -> tuple[bytes, Listing]:
+        onnx.save(model, tmp_path / "model.onnx")
+        shapes = {t.name: [d.dim_param or d.dim_value for d in t.type.tensor_type.shape.dim] for t in model.graph.input}
+        profiles = CONFIG.profiles(shapes, {"blocks": (1, 8, 64), "max_blocks": (1, 4, 4)})
+        with plugin_host(trt).reporting():
+            plan = build_plan(LIBRARY, tmp_path / "model.onnx", profiles, CONFIG, aliased=aliased)
+        return bytes(plan.data), parse_listing(plan.listing)
 
-
-def build(model: onnx.ModelProto, *, aliased: bool = True, tokens: int = 8, batch: int = 4) -> tuple[Any, Listing]:
-    """The plan for SM89 and what is in it. Raises EngineError for what a callback met, AssertionError with what TensorRT said."""
-    log = Log()
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    with plugin_host(trt).reporting():
-        assert parser.parse(model.SerializeToString()), parser.get_error(0).desc()
-        config = builder.create_builder_config()
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, aliased)
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-        sizes = {"T": (1, tokens), "B": (1, batch), "B1": (2, batch + 1), "max_blocks": (1, 4), "blocks": (1, 64)}
-        profile = builder.create_optimization_profile()
-        for tensor in model.graph.input:
-            dims = [d.dim_param or d.dim_value for d in tensor.type.tensor_type.shape.dim]
-            low, high = ([sizes.get(d, (d, d))[end] for d in dims] for end in (0, 1))
-            profile.set_shape(tensor.name, low, high, high)
-        config.add_optimization_profile(profile)
-        plan = builder.build_serialized_network(network, config)
-        assert plan is not None, log.errors
-    return plan, parse_listing(log.listing)
+    return run
 
 
 VARIANTS = {
@@ -105,7 +93,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_kind_of_layer_is_built_in_place(variant: str) -> None:
+def test_every_kind_of_layer_is_built_in_place(build: Build, variant: str) -> None:
     given = dict(VARIANTS[variant])
     types = {name: given.pop(name) for name in ("rows", "pool") if name in given}
     node = AttentionNode(**{**asdict(NODE), **given})
@@ -118,12 +106,12 @@ def test_every_kind_of_layer_is_built_in_place(variant: str) -> None:
     assert layer.inputs[node.pool].name == "pool"
 
 
-def test_without_the_preview_feature_nothing_is_in_place() -> None:
-    with pytest.raises(AssertionError, match="Aliased I/O used by plugin attn"):
+def test_without_the_preview_feature_nothing_is_in_place(build: Build) -> None:
+    with pytest.raises(EngineError, match="Aliased I/O used by plugin attn"):
         build(one_node(NODE), aliased=False)
 
 
-def test_a_pool_that_is_not_in_place_shows_in_the_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_that_is_not_in_place_shows_in_the_listing(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(made()), "get_aliased_input", lambda self, output: -1)
     _, listing = build(one_node(NODE))
     assert [x.kind for x in listing.layers if x.name.startswith("attn")] == ["custom_layer"]
@@ -135,16 +123,15 @@ def made(node: AttentionNode = NODE) -> Any:
     return plugin_host(trt).creator.create_plugin("x", given, trt.TensorRTPhase.BUILD)
 
 
-def test_what_is_in_the_engine_is_what_the_node_said() -> None:
+def test_what_is_in_the_engine_is_what_the_node_said(build: Build) -> None:
     node = AttentionNode(8, 2, 80, 64, 0.11, window=7, softcap=30.0, interleaved=1, rotary=40, alibi=1, sinks=1)
     plugin = made(node)
     fields = {f.name: float(np.asarray(f.data).reshape(-1)[0]) for f in plugin.get_fields_to_serialize()}
     again = AttentionNode.from_attributes(fields)
     assert again == AttentionNode(**{**asdict(node), "scale": float(np.float32(0.11))})
     plan, _ = build(one_node(node))
-    data = bytes(plan)
     for name in ("num_heads", "kv_num_heads", "softcap", "rotary", "quantized"):
-        assert name.encode() in data
+        assert name.encode() in plan
 
 
 WRONG = {
@@ -160,7 +147,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_does_not_fit_is_one_line(what: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_one_line(build: Build, what: str, capfd: pytest.CaptureFixture[str]) -> None:
     given, message = WRONG[what]
     with pytest.raises(EngineError, match=message) as found:
         build(one_node(NODE, **given))
@@ -178,7 +165,7 @@ def test_what_does_not_fit_is_one_line(what: str, capfd: pytest.CaptureFixture[s
     ],
 )
 def test_an_exception_in_a_callback_is_an_error_of_the_build(
-    callback: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    build: Build, callback: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def broken(self: object, *arguments: object) -> None:
         raise ValueError(f"{callback} is broken")
@@ -190,7 +177,9 @@ def test_an_exception_in_a_callback_is_an_error_of_the_build(
     build(one_node(NODE))  # nothing of it is left
 
 
-def test_ctrl_c_in_a_callback_stays_one(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_in_a_callback_stays_one(
+    build: Build, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     def stopped(self: object, *arguments: object) -> None:
         raise KeyboardInterrupt
 
@@ -208,7 +197,7 @@ def test_an_engine_is_not_opened_without_its_kernels() -> None:
         plugin_host(trt).creator.create_plugin("x", given, trt.TensorRTPhase.RUNTIME)
 
 
-def test_a_node_without_an_attribute_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_node_without_an_attribute_is_refused(build: Build, capfd: pytest.CaptureFixture[str]) -> None:
     model = one_node(NODE)
     kept = [a for a in model.graph.node[0].attribute if a.name != "block_size"]
     del model.graph.node[0].attribute[:]
