@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +30,8 @@ _MAKERS = {
 class Launch:
     """What was given to cuLaunchKernel; `words`: the 8 bytes of each parameter, as the driver would read them."""
 
-    kernel: Any
+    kernel: str
+    cubin: bytes
     grid: tuple[int, int, int]
     threads: int
     shared: int
@@ -54,7 +54,8 @@ class FakeDriver:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.launches: list[Launch] = []
         self.refuse: dict[str, str] = {}
-        self.parameters: dict[str, int] = {}  # how many parameters a kernel has, by its name
+        self.parameters: dict[bytes, int] = {}  # how many parameters a kernel has, by its cubin
+        self._cubins: dict[int, bytes] = {}
         self.answers: dict[str, Any] = {
             "cuDeviceGetCount": 1,
             "cuDeviceGetName": b"Fake GPU\0\0",
@@ -93,28 +94,30 @@ class FakeDriver:
         if function == "cuDeviceGetAttribute":
             return (self._attributes[arguments[0]],)
         if function == "cuModuleGetFunction":
-            return (arguments[1].decode(),)
+            return ((self._cubins[arguments[0]], arguments[1].decode()),)
         if function == "cuMemHostAlloc":
             self._memory.append(ctypes.create_string_buffer(b"\xff" * arguments[0], arguments[0]))
             return (ctypes.addressof(self._memory[-1]),)
         if function in _MAKERS:
             self._next += 1 << 32
+            if function == "cuModuleLoadData":
+                self._cubins[self._next] = arguments[0]
             return (self._next,)
         return ()
 
-    def _launch(self, kernel: Any, *numbers: int) -> None:
+    def _launch(self, function: tuple[bytes, str], *numbers: int) -> None:
         x, y, z, threads, _, _, shared, stream, pointer, _ = numbers
-        count = self.parameters.get(kernel, 0)
+        cubin, kernel = function
+        count = self.parameters.get(cubin, 0)
         addresses = (ctypes.c_uint64 * count).from_address(pointer)
         words = [ctypes.string_at(address, 8) for address in addresses]
-        self.launches.append(Launch(kernel, (x, y, z), threads, shared, stream, words))
+        self.launches.append(Launch(kernel, cubin, (x, y, z), threads, shared, stream, words))
 
 
 @contextmanager
 def installed(fake: FakeDriver) -> Iterator[FakeDriver]:
     """`fake` in place of the CUDA driver."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("driver", "device", "memory", "module", "stream"):
+        for module in ("driver", "device", "module", "stream"):
             patch.setattr(f"llmlab.cuda.{module}.driver", lambda: fake)
         yield fake
-        gc.collect()  # what is left is freed while its driver is still there

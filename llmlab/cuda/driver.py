@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, SupportsInt
 
 from llmlab.errors import EngineError, GpuLostError, require
 
@@ -63,6 +63,28 @@ def call(function: str, *arguments: Any, asked: str = "") -> Any:
     if status:
         raise _error(function, status.name, asked)
     return values[0] if len(values) == 1 else values or None
+
+
+class Owned:
+    """Something that the driver made, given back once: by `free`, or when nobody refers to it any more."""
+
+    handle = 0
+
+    def __init__(self, handle: SupportsInt, give_back: str) -> None:
+        self._give_back = getattr(driver(), give_back)
+        self.handle = int(handle)
+
+    def __int__(self) -> int:
+        return self.handle
+
+    def free(self) -> None:
+        """Give it back; does nothing the second time."""
+        handle, self.handle = self.handle, 0
+        if handle:
+            self._give_back(handle)  # a status here would only repeat an earlier failure
+
+    def __del__(self) -> None:
+        self.free()
 
 
 def _missing(function: str, problem: Exception) -> str:

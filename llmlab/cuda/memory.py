@@ -7,17 +7,23 @@ from typing import Any, SupportsInt
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from llmlab.cuda.driver import call, driver, gigabytes
+from llmlab.cuda.driver import Owned, call, gigabytes
 
 
-class DeviceBuffer:
-    """`nbytes` of GPU memory, uninitialised, aligned to 256 bytes. `purpose` says in an error what it was for."""
+class DeviceBuffer(Owned):
+    """`nbytes` of GPU memory, uninitialised, aligned to 256 bytes. `purpose` says in an error what it was for.
+
+    `free` waits for the work that is under way.
+    """
 
     def __init__(self, nbytes: int, purpose: str = "") -> None:
-        self.nbytes = nbytes
-        self.pointer = 0
         asked = gigabytes(nbytes) + (f" for {purpose}" if purpose else "")
-        self.pointer = int(call("cuMemAlloc", max(1, nbytes), asked=asked))
+        super().__init__(call("cuMemAlloc", max(1, nbytes), asked=asked), "cuMemFree")
+        self.nbytes = nbytes
+
+    @property
+    def pointer(self) -> int:
+        return self.handle
 
     @classmethod
     def of(cls, array: NDArray[Any], purpose: str = "") -> DeviceBuffer:
@@ -51,29 +57,14 @@ class DeviceBuffer:
         """Set every byte to `value`, in the stream's order."""
         fill_async(self.pointer, value, self.nbytes, stream)
 
-    def free(self) -> None:
-        """Give the memory back; does nothing the second time. Waits for the work that is under way."""
-        pointer, self.pointer = self.pointer, 0
-        if pointer:
-            driver().cuMemFree(pointer)  # a status here would only repeat an earlier failure
 
-    def __del__(self) -> None:
-        if self.__dict__.get("pointer"):
-            self.free()
-
-
-class _PageLocked:
+class _PageLocked(Owned):
     """Page-locked memory that NumPy views, freed when no view is left."""
 
     def __init__(self, nbytes: int) -> None:
-        self.pointer = 0
         asked = f"{gigabytes(nbytes)} of page-locked host memory"
-        self.pointer = int(call("cuMemHostAlloc", max(1, nbytes), 1, asked=asked))  # 1: for all contexts
-        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (self.pointer, False)}
-
-    def __del__(self) -> None:
-        if self.__dict__.get("pointer"):
-            driver().cuMemFreeHost(self.pointer)
+        super().__init__(call("cuMemHostAlloc", max(1, nbytes), 1, asked=asked), "cuMemFreeHost")  # 1: for all contexts
+        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (self.handle, False)}
 
 
 class PinnedArray:

@@ -8,7 +8,7 @@ from typing import Any, SupportsInt
 
 import numpy as np
 
-from llmlab.cuda.driver import call, driver
+from llmlab.cuda.driver import Owned, call, driver
 
 _PACKED = {"ptr": "Q", "i64": "q", "i32": "i4x", "fp32": "f4x"}
 _SHARED_WITHOUT_ASKING = 48 << 10  # bytes a block may have before its kernel's limit is raised
@@ -35,24 +35,19 @@ class Arguments:
         return self._layout.unpack(self._values)
 
 
-class Module:
+class Module(Owned):
     """The kernels in one cubin. EngineError where it is damaged or for another GPU."""
 
     def __init__(self, cubin: bytes) -> None:
-        self._handle = None
-        self._handle = call("cuModuleLoadData", cubin, asked="memory for a kernel")
+        super().__init__(call("cuModuleLoadData", cubin, asked="memory for a kernel"), "cuModuleUnload")
 
     def function(self, name: str, shared_bytes: int = 0) -> Function:
         """The kernel `name`, which uses `shared_bytes` of dynamic shared memory a block."""
-        handle = call("cuModuleGetFunction", self._handle, name.encode())
+        handle = call("cuModuleGetFunction", self.handle, name.encode())
         if shared_bytes > _SHARED_WITHOUT_ASKING:
             which = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             call("cuFuncSetAttribute", handle, which, shared_bytes)
         return Function(self, handle, shared_bytes)
-
-    def __del__(self) -> None:
-        if self.__dict__.get("_handle"):
-            driver().cuModuleUnload(self._handle)
 
 
 class Function:

@@ -6,19 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import SupportsInt
 
-from llmlab.cuda.driver import call, driver
+from llmlab.cuda.driver import Owned, call, driver
 from llmlab.errors import LlmlabError
 
 
-class Stream:
+class Stream(Owned):
     """A queue of GPU work that doesn't wait for the default stream."""
 
     def __init__(self) -> None:
-        self.handle = 0
-        self.handle = int(call("cuStreamCreate", 1))  # 1: non-blocking
-
-    def __int__(self) -> int:
-        return self.handle
+        super().__init__(call("cuStreamCreate", 1), "cuStreamDestroy")  # 1: non-blocking
 
     def synchronize(self) -> None:
         """Wait until all its work is done; a kernel that failed is reported here."""
@@ -41,49 +37,30 @@ class Stream:
             raise
         graph._instantiate(call("cuStreamEndCapture", self.handle))
 
-    def free(self) -> None:
-        handle, self.handle = self.handle, 0
-        if handle:
-            driver().cuStreamDestroy(handle)
 
-    def __del__(self) -> None:
-        if self.__dict__.get("handle"):
-            self.free()
-
-
-class Graph:
+class Graph(Owned):
     """Work that was captured once and is launched as a whole, however often."""
 
     def __init__(self) -> None:
-        self._handle = 0
+        super().__init__(0, "cuGraphExecDestroy")
 
     def _instantiate(self, recorded: SupportsInt) -> None:
         try:
-            self._handle = int(call("cuGraphInstantiate", recorded, 0, asked="memory for a captured step"))
+            self.handle = int(call("cuGraphInstantiate", recorded, 0, asked="memory for a captured step"))
         finally:
             driver().cuGraphDestroy(recorded)
 
     def launch(self, stream: SupportsInt) -> None:
-        if not self._handle:
+        if not self.handle:
             raise LlmlabError("this CUDA graph was not captured, or is freed")
-        call("cuGraphLaunch", self._handle, int(stream))
-
-    def free(self) -> None:
-        handle, self._handle = self._handle, 0
-        if handle:
-            driver().cuGraphExecDestroy(handle)
-
-    def __del__(self) -> None:
-        if self.__dict__.get("_handle"):
-            self.free()
+        call("cuGraphLaunch", self.handle, int(stream))
 
 
-class Event:
+class Event(Owned):
     """A point in a stream's work, to wait for or to measure from."""
 
     def __init__(self) -> None:
-        self.handle = 0
-        self.handle = int(call("cuEventCreate", 0))
+        super().__init__(call("cuEventCreate", 0), "cuEventDestroy")
 
     def record(self, stream: SupportsInt) -> None:
         call("cuEventRecord", self.handle, int(stream))
@@ -95,7 +72,3 @@ class Event:
     def elapsed_ms(self, since: Event) -> float:
         """Milliseconds from `since` to here, both of them recorded and reached."""
         return float(call("cuEventElapsedTime", since.handle, self.handle))
-
-    def __del__(self) -> None:
-        if self.__dict__.get("handle"):
-            driver().cuEventDestroy(self.handle)

@@ -185,10 +185,10 @@ def test_a_graph_is_captured_whole_or_not_at_all(fake: FakeDriver) -> None:
 
 
 def test_arguments_lie_where_the_driver_reads_them(fake: FakeDriver) -> None:
-    fake.parameters["kernel"] = 4
+    fake.parameters[b""] = 4
     arguments = Arguments(["ptr", "i32", "fp32", "i64"])
     function = Module(b"").function("kernel", 100_000)
-    assert fake.named("cuFuncSetAttribute") == [("kernel", "shared", 100_000)]
+    assert fake.named("cuFuncSetAttribute") == [((b"", "kernel"), "shared", 100_000)]
     for values in ((0x7FFF_0000_1000, -1, 0.125, 1 << 40), (1, 2, 3.0, 4)):
         arguments.set(*values)
         assert arguments.values() == values
