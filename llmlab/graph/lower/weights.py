@@ -21,6 +21,7 @@ _OPS: dict[str, Callable[[Attrs, list[np.ndarray]], np.ndarray]] = {
     "Mul": lambda attrs, i: i[0] * i[1],
     "Reshape": lambda attrs, i: i[0].reshape(i[1]),
     "Transpose": lambda attrs, i: np.transpose(i[0], attrs.get("perm")),
+    "Unsqueeze": lambda attrs, i: np.expand_dims(i[0], tuple(int(axis) for axis in i[1])),
 }
 
 

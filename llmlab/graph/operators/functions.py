@@ -12,9 +12,9 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 
 from llmlab.errors import GraphError
-from llmlab.graph.edit import constant_expression, inline_constants, value
+from llmlab.graph.edit import Editor, constant_expression, inline_constants, scope, sort_nodes, value
 from llmlab.graph.operators.body import IMPLEMENTATION
-from llmlab.graph.store.storage import External, from_proto
+from llmlab.graph.store.storage import External, from_proto, onnx_dtype
 
 _SMALL = 1024  # bytes; constants up to here may be axes or sizes, and their values matter
 
@@ -64,6 +64,61 @@ def inlined(graph: gs.Graph, node: gs.Node) -> gs.Graph | None:
     None where it calls no function. Large constants have a shape but no values."""
     if function_of(graph, node) is None:
         return None
+    model = _body(graph, node)
+    for inner in model.graph.node:
+        if inner.op_type == "CastLike":  # the second operand gives its type alone
+            inner.op_type = "Identity"
+            del inner.input[1:]
+    result = from_proto(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    inline_constants(result)
+    return result.cleanup()
+
+
+def inline_functions(edit: Editor) -> None:
+    """Put the body of every function that a node calls in the node's place, for a target that reads no functions.
+
+    Raises GraphError where the type that a constant of the body takes can't be inferred.
+    """
+    for node in list(edit.surgeon.nodes):
+        if function_of(edit.surgeon, node) is None:
+            continue
+        body = from_proto(onnx.shape_inference.infer_shapes(_body(edit.surgeon, node), data_prop=True))
+        inline_constants(body)
+        outer: dict[str, gs.Tensor] = {t.name: t for t in node.inputs if t.name}
+        for inner in sort_nodes(body).nodes:
+            if inner.op == "CastLike":
+                _to_cast(node, inner)
+            reads = [_outside(edit, scope(node), t, outer) for t in inner.inputs]
+            made = edit.add_many(inner.op, scope(node), reads, inner.attrs, [(t.dtype, t.shape) for t in inner.outputs])
+            outer.update(zip((t.name for t in inner.outputs), made, strict=True))
+        for tensor in list(node.outputs):
+            outer[tensor.name].dtype, outer[tensor.name].shape = tensor.dtype, tensor.shape
+            edit.replace(tensor, outer[tensor.name])
+        node.outputs.clear()
+    edit.surgeon.functions = []
+    sort_nodes(edit.surgeon.cleanup())
+
+
+def _to_cast(node: gs.Node, inner: gs.Node) -> None:
+    like = inner.inputs[1]
+    if like.dtype is None:
+        raise GraphError(f"{node.name}: the type of {like.name} inside {node.op} can't be inferred")
+    inner.op, inner.attrs = "Cast", {"to": onnx_dtype(like.dtype)}
+    inner.inputs = inner.inputs[:1]
+    inner.outputs[0].dtype = like.dtype
+
+
+def _outside(edit: Editor, where: str, tensor: gs.Tensor, outer: dict[str, gs.Tensor]) -> gs.Tensor | None:
+    """The tensor of the graph around a body that stands for one in it; its constants come along."""
+    if not tensor.name:
+        return None
+    if tensor.name not in outer:
+        outer[tensor.name] = edit.constant(f"{where}/constant", np.asarray(tensor.values))
+    return outer[tensor.name]
+
+
+def _body(graph: gs.Graph, node: gs.Node) -> onnx.ModelProto:
+    """The function that `node` calls as a model of ONNX's own operators, without the values of large constants."""
     stand_ins: dict[str, gs.Tensor] = {}
     for tensor in node.inputs:
         if tensor.name and tensor.name not in stand_ins:
@@ -74,14 +129,7 @@ def inlined(graph: gs.Graph, node: gs.Node) -> gs.Graph | None:
     sources = [t for t in stand_ins.values() if isinstance(t, gs.Variable)]
     functions = used_functions(graph, [node])
     alone = gs.Graph([call], sources, outputs, opset=graph.opset, functions=functions)
-    model = onnx.inliner.inline_local_functions(gs.export_onnx(alone, do_type_check=False, ir_version=11))
-    for inner in model.graph.node:
-        if inner.op_type == "CastLike":  # the second operand gives its type alone
-            inner.op_type = "Identity"
-            del inner.input[1:]
-    result = from_proto(onnx.shape_inference.infer_shapes(model, data_prop=True))
-    inline_constants(result)
-    return result.cleanup()
+    return onnx.inliner.inline_local_functions(gs.export_onnx(alone, do_type_check=False, ir_version=11))
 
 
 def _stand_in(tensor: gs.Tensor) -> gs.Tensor:

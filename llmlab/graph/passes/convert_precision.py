@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from llmlab.errors import UnsupportedModelError
 from llmlab.graph.edit import Editor, constant_expression, operand, scope, sort_nodes, value
+from llmlab.graph.graph import Graph
 from llmlab.graph.narrow import Narrowed, check_range, survives
 from llmlab.graph.passes.drop_batch_axis import ELEMENTWISE
 from llmlab.graph.rewrite import Match, Pass
@@ -41,8 +42,10 @@ class ConvertPrecision(Pass):
 
     name = "convert_precision"
 
-    def __init__(self, dtype: np.dtype) -> None:
+    def __init__(self, dtype: np.dtype, check_weights: bool = True) -> None:
+        """check_weights: read every weight, to refuse what is beyond float16's range."""
         self.dtype = np.dtype(dtype)
+        self.check_weights = check_weights
 
     def find(self, edit: Editor) -> Iterator[Match]:
         if edit.surgeon.nodes:
@@ -52,7 +55,7 @@ class ConvertPrecision(Pass):
         surgeon = sort_nodes(edit.surgeon)
         live = [n for n in surgeon.nodes if not all(constant_expression(t) for t in n.inputs) or not n.inputs]
         wide = _wide_before(edit, live)
-        types = _Types(edit, self.dtype)
+        types = _Types(edit, self.dtype, self.check_weights)
         for tensor in surgeon.inputs:
             if _is_wide(tensor):
                 tensor.dtype = self.dtype
@@ -87,11 +90,22 @@ class ConvertPrecision(Pass):
                 out.dtype = target
 
 
+def computes_wide(graph: Graph, dtype: np.dtype) -> set[str]:
+    """Names of the nodes of a float32 graph that would stay in float32 in `dtype`: routers, RoPE, what follows the head, and
+    norms, which do so inside. The graph is not changed, and no large weight is read."""
+    narrow = graph.copy()
+    edit = Editor(narrow)
+    named = {n.name for n in edit.surgeon.nodes if not all(constant_expression(t) for t in n.inputs)}
+    ConvertPrecision(dtype, check_weights=False).rewrite(edit, Match(node=None))
+    wide = {n.name for n in edit.surgeon.nodes if any(_is_wide(t) for t in n.outputs) or n.op.endswith("Normalization")}
+    return wide & named
+
+
 class _Types:
     """Every tensor in each type once: a Cast behind a variable, another constant in place of a constant."""
 
-    def __init__(self, edit: Editor, narrow: np.dtype) -> None:
-        self._edit, self._narrow = edit, narrow
+    def __init__(self, edit: Editor, narrow: np.dtype, check_weights: bool) -> None:
+        self._edit, self._narrow, self._check_weights = edit, narrow, check_weights
         self._made: dict[tuple[int, np.dtype], gs.Tensor] = {}
 
     def is_embedding(self, node: gs.Node) -> bool:
@@ -116,7 +130,8 @@ class _Types:
     def _constant(self, tensor: gs.Tensor) -> gs.Tensor:
         """A constant expression in the narrow type: a Cast in it goes, so that a weight stored so is read as it is."""
         if isinstance(tensor, gs.Constant):
-            check_range(tensor, self._narrow)
+            if self._check_weights:
+                check_range(tensor, self._narrow)
             return gs.Constant(self._edit.name(f"{tensor.name}.{self._narrow}"), Narrowed(tensor, self._narrow))
         node = tensor.inputs[0]
         if node.op == "Cast" and _is_float(node.inputs[0]):

@@ -1,0 +1,80 @@
+"""The serving graph for TensorRT: ONNX that its parsers read, in one piece or cut at attention. Needs no TensorRT."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmlab.errors import InputError
+from llmlab.graph.edit import Editor, sort_nodes
+from llmlab.graph.graph import OPSET, Graph
+from llmlab.graph.lower.gated import expand_gated
+from llmlab.graph.lower.int32 import int32_inputs
+from llmlab.graph.lower.opset import legalise
+from llmlab.graph.lower.tensorrt_experts import expand_experts
+from llmlab.graph.lower.tensorrt_parts import Lowered
+from llmlab.graph.lower.tensorrt_piecewise import cut_at_attention
+from llmlab.graph.lower.tensorrt_plugin import plugin_nodes
+from llmlab.graph.lower.weights import defer_weights
+from llmlab.graph.operators.functions import inline_functions
+from llmlab.graph.passes.convert_precision import computes_wide
+
+HOSTINGS = ("piecewise", "plugin")
+OLDEST_OPSET = 17
+
+
+def lower(
+    graph: Graph,
+    *,
+    hosting: str = "piecewise",
+    dialect: int = OPSET,
+    weak_type: str | None = None,
+    block_size: int | None = None,
+) -> Lowered:
+    """The serving graph as ONNX for TensorRT; the given graph is not changed, and no large weight is read.
+
+    hosting: `piecewise` cuts it at attention, whose kernels run between the parts; `plugin` keeps it whole, with
+        PagedAttention as nodes that a plugin runs on KV blocks of `block_size` tokens.
+    dialect: the ONNX opset that the parser reads, 17 (TensorRT 8.6) to 23.
+    weak_type: under weak typing, what TensorRT may compute in and what parts hand each other (float16). The graph has to be
+        in float32 and stays so, without a Cast; `Dense.keep_fp32` says what must not be narrowed. Without it the graph's own
+        types hold: convert it first (`llmlab.convert`).
+    Raises InputError for arguments that don't fit, and UnsupportedModelError that names a node which can't be expressed.
+    """
+    _check(graph, hosting, dialect, weak_type, block_size)
+    work = graph.copy()
+    edit = Editor(work)
+    inline_functions(edit)
+    wide = computes_wide(work, np.dtype(weak_type)) if weak_type is not None else set()
+    keep = set(wide)
+    expand_gated(edit)
+    expand_experts(edit, keep)
+    int32_inputs(edit)
+    legalise(edit, dialect, keep)
+    defer_weights(work.surgeon)
+    sort_nodes(work.surgeon.cleanup())
+    if weak_type is None:
+        keep.clear()
+    if hosting == "plugin":
+        assert block_size is not None
+        return plugin_nodes(edit, block_size)
+    return cut_at_attention(edit, weak_type, wide, keep)
+
+
+def _check(graph: Graph, hosting: str, dialect: int, weak_type: str | None, block_size: int | None) -> None:
+    if not isinstance(graph, Graph) or graph.kind != "serving":
+        raise InputError("expected a serving graph: pass what llmlab.optimize returned")
+    if hosting not in HOSTINGS:
+        raise InputError(f"hosting is {hosting!r}; available: {', '.join(HOSTINGS)}")
+    if isinstance(dialect, bool) or not isinstance(dialect, int) or not OLDEST_OPSET <= dialect <= OPSET:
+        raise InputError(f"dialect is {dialect!r}, expected an ONNX opset from {OLDEST_OPSET} to {OPSET}")
+    types = {np.dtype(t.dtype).name for t in graph.surgeon.inputs if t.name.startswith("kv_cache.")}
+    if weak_type not in (None, "float16"):
+        raise InputError(f"weak_type is {weak_type!r}, expected 'float16' or None")
+    if weak_type is not None and types != {"float32"}:
+        raise InputError(
+            f"weak typing starts from float32, the graph is in {', '.join(types)}: lower the unconverted one"
+        )
+    if hosting == "plugin" and (weak_type is not None or types == {"float32"}):
+        raise InputError("plugin hosting is strongly typed: convert the graph to float16 or bfloat16 first")
+    if hosting == "plugin" and (isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1):
+        raise InputError(f"block_size is {block_size!r}, expected a number of tokens")

@@ -1,0 +1,98 @@
+"""A program that lowering for TensorRT gave, run part by part: ONNX Runtime (its own optimisations off) for the compiled
+parts, the NumPy reference for attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnx.reference import ReferenceEvaluator
+
+from llmlab.graph.interpret import KERNELS
+from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered, View
+from llmlab.kernels.reference import paged_attention
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Execution:
+    """The parts of a program, and the KV pools that they share (full of NaN at first).
+
+    evaluator: `onnxruntime`, or `reference` for types that its CPU lacks.
+    """
+
+    def __init__(self, lowered: Lowered, num_blocks: int, block_size: int, evaluator: str = "onnxruntime") -> None:
+        self.lowered = lowered
+        make = _in_ort if evaluator == "onnxruntime" else _evaluated
+        self._run = {part.name: make(part) for part in lowered.parts if isinstance(part, Dense)}
+        self.pools = {
+            part.layer: np.full(
+                (2, num_blocks, part.kv_heads, block_size, part.head_dim), np.nan, _dtype(lowered, part.out)
+            )
+            for part in lowered.parts
+            if isinstance(part, Attend)
+        }
+
+    def step(self, feeds: Arrays) -> np.ndarray:
+        """Run one step on the serving graph's inputs (all but the caches); returns logits [N, vocab]."""
+        values = {name: np.asarray(array, np.int32) for name, array in feeds.items()}
+        for part in self.lowered.parts:
+            if isinstance(part, Attend):
+                values[part.out] = self._attend(part, values)
+                continue
+            for name, array in zip(part.outputs, self._run[part.name](values), strict=True):
+                spec = self.lowered.tensors[name]
+                rows = len(feeds["input_ids" if spec.rows == "T" else "logits_index"])
+                assert array.shape == ((rows, spec.width) if spec.width else (rows,)), name
+                values[name] = array.astype(spec.dtype)
+        return values["logits"]
+
+    def _attend(self, part: Attend, values: Arrays) -> np.ndarray:
+        def columns(view: View, heads: int) -> np.ndarray:
+            return values[view.tensor][:, view.offset : view.offset + heads * part.head_dim]
+
+        q, k, v = columns(part.q, part.num_heads), columns(part.k, part.kv_heads), columns(part.v, part.kv_heads)
+        metadata = [values[n] for n in ("query_start", "kv_len", "block_table", "position_ids")]
+        out, self.pools[part.layer] = paged_attention(
+            *(q, k, v, self.pools[part.layer], *metadata),
+            **{what: self.lowered.tables[name] for what, name in part.tables.items()},
+            num_heads=part.num_heads,
+            kv_num_heads=part.kv_heads,
+            head_dim=part.head_dim,
+            scale=part.scale,
+            window=part.window,
+            softcap=part.softcap,
+            interleaved=part.interleaved,
+        )
+        assert out.dtype == _dtype(self.lowered, part.out)
+        return out
+
+
+def _dtype(lowered: Lowered, name: str) -> np.dtype:
+    import ml_dtypes
+
+    dtype = lowered.tensors[name].dtype
+    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+def _in_ort(part: Dense) -> Any:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    model = part.graph.to_onnx().SerializeToString()
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    types = {i.name: i.type for i in session.get_inputs()}
+
+    def run(values: Arrays) -> Sequence[np.ndarray]:
+        feeds = {n: values[n].astype(np.float32) if t == "tensor(float)" else values[n] for n, t in types.items()}
+        return session.run(None, feeds)
+
+    return run
+
+
+def _evaluated(part: Dense) -> Any:
+    evaluator = ReferenceEvaluator(part.graph.to_onnx(), new_ops=list(KERNELS))
+    return lambda values: evaluator.run(None, {n: values[n] for n in part.inputs})
