@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +15,7 @@ from typing import Any
 from llmlab.errors import EngineError, InputError, LlmlabError, UnsupportedModelError
 from llmlab.tensorrt.config import BuildConfig, Profile
 from llmlab.tensorrt.library import Library
+from llmlab.tensorrt.plugin import plugin_host
 from llmlab.tensorrt.precision import WeakTyping, apply_weak_typing
 from llmlab.tensorrt.progress import BuildProgress, make_monitor, run_beside
 from llmlab.tensorrt.timing import TimingCache
@@ -68,7 +71,8 @@ class PlanBuilder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.close()
-        self._cache.save()
+        with suppress(InputError) if error else nullcontext():  # what went wrong first is what is said
+            self._cache.save()
 
     def build(
         self,
@@ -78,13 +82,13 @@ class PlanBuilder:
         name: str,
         key: str | None = None,
         weak: WeakTyping | None = None,
-        aliased: bool = False,
+        plugin: bool = False,
     ) -> Plan:
         """Compile one ONNX file; its weights may lie beside it, and be of any size.
 
         profiles: shapes of the inputs, a mapping for each optimization profile. name: the part, for messages.
         key: parts with one key have the same layers, so that one says how long the next will take. weak: what a float32
-        file leaves open, where the TensorRT chooses precisions itself. aliased: whether plugins write into their inputs.
+        file leaves open, where the TensorRT chooses precisions itself. plugin: whether it holds PagedAttention nodes.
         Raises UnsupportedModelError where the parser refuses a node, EngineError where the build fails.
         """
         path = Path(onnx_path)
@@ -93,12 +97,15 @@ class PlanBuilder:
         last = self._cache.seconds.get(key or name)
         stop = threading.Event()
         start = time.monotonic()
-        with _BUILDING:
+        with ExitStack() as held:
+            held.enter_context(_BUILDING)
             self.library.heard.clear()
+            if plugin:
+                held.enter_context(plugin_host(self.library.module).reporting())
             data = run_beside(
-                lambda: self._compile(path, list(profiles), name, weak or WeakTyping(), aliased, stop),
-                stop,
+                lambda: self._compile(path, list(profiles), name, weak or WeakTyping(), plugin, stop),
                 lambda seconds: self._progress.watch(name, last, seconds),
+                lambda: self._stop(name, stop),
             )
             listing = self.library.heard.listing
         seconds = time.monotonic() - start
@@ -106,8 +113,13 @@ class PlanBuilder:
         self._progress.done()
         return Plan(data, listing, seconds)
 
+    def _stop(self, name: str, stop: threading.Event) -> None:
+        stop.set()
+        if not self.library.progress_monitor:
+            print(f"{self.library} can't be stopped within a part: waiting for {name}", file=sys.stderr)
+
     def _compile(
-        self, path: Path, profiles: list[Profile], name: str, weak: WeakTyping, aliased: bool, stop: threading.Event
+        self, path: Path, profiles: list[Profile], name: str, weak: WeakTyping, plugin: bool, stop: threading.Event
     ) -> memoryview:
         """In a thread of its own. Any failure is one line, with what TensorRT said."""
         loaders = self.library.polygraphy()
@@ -125,7 +137,7 @@ class PlanBuilder:
 
         def configure(builder: Any, network: Any, config: Any) -> None:
             self._cache.attach(config)
-            if aliased:
+            if plugin:
                 config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
             if not self.library.strongly_typed and _quantized(trt, network):
                 config.set_flag(trt.BuilderFlag.INT8)
@@ -172,6 +184,7 @@ class PlanBuilder:
             options["tactic_sources"] = []
         if not self.library.strongly_typed:
             options["fp16"] = config.precision == "float16"
+            options["precision_constraints"] = "obey"
         return loaders.CreateConfig(**options)
 
     def _failure(self, name: str, step: str, problem: BaseException) -> LlmlabError:
@@ -192,11 +205,11 @@ def build_plan(
     *,
     name: str | None = None,
     weak: WeakTyping | None = None,
-    aliased: bool = False,
+    plugin: bool = False,
 ) -> Plan:
     """Compile one ONNX file that is a whole engine: `PlanBuilder.build` of a single part."""
     with PlanBuilder(library, config) as builder:
-        return builder.build(onnx_path, profiles, name=name or Path(onnx_path).name, weak=weak, aliased=aliased)
+        return builder.build(onnx_path, profiles, name=name or Path(onnx_path).name, weak=weak, plugin=plugin)
 
 
 def _quantized(trt: Any, network: Any) -> bool:

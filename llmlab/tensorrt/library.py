@@ -29,7 +29,9 @@ _OLDEST = {"tensorrt": (8, 6), "tensorrt-rtx": (1, 0)}
 _OTHER_VERSION = re.compile(
     r"serialization version|magic ?tag|older plan|version tag|stdVersion|versions? compatib", re.I
 )
-_OTHER_GPU = re.compile(r"compute capability|different (?:model )?device|another device|GPU architecture", re.I)
+_OTHER_GPU = re.compile(
+    r"compute capability|(?:different|incompatible|another) (?:model )?device|GPU architecture", re.I
+)
 
 
 @dataclass(frozen=True)

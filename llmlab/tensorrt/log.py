@@ -7,7 +7,7 @@ from collections import deque
 from types import ModuleType
 from typing import Any
 
-_NOISE = re.compile(r"^\[[^\]]*::\d+\] |^[\w.]+:\d+: |\(In [\w:~<>]+ at [^\s:]+:\d+\s*|In \w+ at \S+:\d+\s*$")
+_NOISE = re.compile(r"^(?:\d+: )?\[[^\]]*::\d+\] ?|\(In [\w:~<>]+ at [^\s:]+:\d+\s*|In \w+ at \S+:\d+\s*$")
 _NO_MEMORY = re.compile(r"out ?of ?memory|could not be allocated|bad_alloc|MemoryAllocation", re.I)
 _LISTING = ("Layers:", "Engine Layer Information:")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmlab.errors import InputError
+
+_NOTED = re.compile(r"ONNX Layer: ([^\]|]+)")
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,10 @@ def _hold(trt: Any, layer: Any) -> bool:
 
 
 def _node_of(layer: Any, wanted: Collection[str]) -> str | None:
-    """The wanted ONNX node that a layer was made of. The parser numbers further layers of a node: `name_3`."""
-    if layer.name in wanted:
-        return str(layer.name)
+    """The wanted ONNX node that a layer was made of. The parser notes it, and numbers a node's further layers: `name_3`."""
     head, _, tail = layer.name.rpartition("_")
-    return head if tail.isdecimal() and head in wanted else None
+    names = [*_NOTED.findall(layer.metadata or ""), layer.name, *([head] if tail.isdecimal() else [])]
+    return next((name for name in names if name in wanted), None)
 
 
 def _tensors(network: Any) -> list[Any]:

@@ -57,31 +57,39 @@ def make_monitor(trt: Any, progress: BuildProgress | None, stop: threading.Event
     return Monitor()
 
 
-def run_beside(work: Callable[[], T], stop: threading.Event, tick: Callable[[float], None]) -> T:
-    """What `work` returns or raises, run in a thread so that Ctrl-C is heard at once: it sets `stop` and waits for the end.
+def run_beside(work: Callable[[], T], tick: Callable[[float], None], stop: Callable[[], None]) -> T:
+    """What `work` returns or raises, run in a thread of its own so that Ctrl-C is heard at once.
 
-    `tick` is called now and then with the seconds since the start. A second Ctrl-C doesn't wait.
+    `tick` is called now and then with the seconds since the start. Ctrl-C calls `stop` and waits for the end of `work`; a
+    second one doesn't wait.
     """
     result: list[T] = []
     failure: list[BaseException] = []
+    over = (
+        threading.Event()
+    )  # Thread.join won't do: interrupted once, it takes the thread for dead (CPython 3.9 to 3.12)
 
     def run() -> None:
         try:
             result.append(work())
         except BaseException as problem:
             failure.append(problem)
+        finally:
+            over.set()
 
     thread = threading.Thread(target=run, name="llmlab-build", daemon=True)
     start = time.monotonic()
-    thread.start()
     try:
-        while thread.is_alive():
-            thread.join(_TICK)
+        thread.start()
+        while not over.wait(_TICK):
             tick(time.monotonic() - start)
     except KeyboardInterrupt:
-        stop.set()
-        thread.join()
+        stop()
+        if thread.ident is not None:
+            over.wait()
+            thread.join()
         raise
+    thread.join()
     if failure:
         raise failure[0]
     return result[0]

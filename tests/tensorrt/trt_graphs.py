@@ -37,3 +37,32 @@ def mlp(path: Path, *, external: bool = False, seed: int = 0) -> Path:
     else:
         onnx.save(model, path)
     return path
+
+
+_WEAK = """<ir_version: 8, opset_import: ["": 17]>
+mlp (float[T, 64] x) => (float[T, 64] y) {
+    two = Constant<value_float = 2.0>()
+    epsilon = Constant<value_float = 1e-5>()
+    [norm_square] square = Pow(x, two)
+    [norm_mean] mean = ReduceMean<axes = [-1], keepdims = 1>(square)
+    [norm_stable] stable = Add(mean, epsilon)
+    [norm_root] root = Sqrt(stable)
+    [norm] norm = Div(x, root)
+    [gate] gate = MatMul(norm, gate_weight)
+    [sigmoid] sigmoid = Sigmoid(gate)
+    [silu] silu = Mul(gate, sigmoid)
+    [down] down = MatMul(silu, down_weight)
+    [residual] y = Add(x, down)
+}"""
+NORM = ("norm_square", "norm_mean", "norm_stable", "norm_root", "norm")
+
+
+def weak_mlp(path: Path) -> Path:
+    """The same in float32 and opset 17, for a TensorRT that chooses precisions itself; its norm is in primitives."""
+    random = np.random.default_rng(0)
+    model = onnx.parser.parse_model(_WEAK)
+    for name, size in {"gate_weight": (WIDTH, HIDDEN), "down_weight": (HIDDEN, WIDTH)}.items():
+        weight = (random.standard_normal(size) / 8).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(weight, name))
+    onnx.save(model, path)
+    return path
