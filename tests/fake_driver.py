@@ -58,6 +58,7 @@ class FakeDriver:
         self._cubins: dict[int, bytes] = {}
         self.answers: dict[str, Any] = {
             "cuDeviceGetCount": 1,
+            "cuDriverGetVersion": 13000,
             "cuDeviceGetName": b"Fake GPU\0\0",
             "cuEventElapsedTime": 1.5,
             "cuMemGetInfo": (1_000_000_000, 80_000_000_000),

@@ -14,6 +14,7 @@ from typing import Any
 
 from llmlab.errors import EngineError, InputError, LlmlabError, UnsupportedModelError
 from llmlab.tensorrt.config import BuildConfig, Profile
+from llmlab.tensorrt.gpu import visible_gpu
 from llmlab.tensorrt.library import Library
 from llmlab.tensorrt.plugin import plugin_host
 from llmlab.tensorrt.precision import WeakTyping, apply_weak_typing
@@ -49,8 +50,6 @@ class PlanBuilder:
         self.library = library
         self.config = config
         self._check()
-        if library.needs_gpu:
-            library.require_gpu()
         self._capabilities = library.check_capabilities(config.compute_capabilities)
         self._cache = TimingCache(library, config.timing_cache)
         self._progress = BuildProgress(total)
@@ -62,6 +61,12 @@ class PlanBuilder:
             )
         if self.config.strip_weights and not self.library.strips_weights:
             raise InputError(f"strip_weights needs a newer TensorRT than {self.library}")
+        if self.library.needs_gpu:
+            self.library.require_gpu()
+        elif (self.config.refit or self.config.strip_weights) and visible_gpu() is None:
+            raise InputError(
+                "refit and strip_weights compile on the GPU, and there is none: leave them out, or build where one is"
+            )
         self.library.hosting(self.config.attention)
 
     def __enter__(self) -> PlanBuilder:
@@ -131,6 +136,7 @@ class PlanBuilder:
 
         def declare(network: Any) -> None:
             nonlocal step
+            _check_profiles(network, profiles, name)
             if not self.library.strongly_typed:
                 apply_weak_typing(trt, network, weak)
             step = "can't be built"
@@ -210,6 +216,15 @@ def build_plan(
     """Compile one ONNX file that is a whole engine: `PlanBuilder.build` of a single part."""
     with PlanBuilder(library, config) as builder:
         return builder.build(onnx_path, profiles, name=name or Path(onnx_path).name, weak=weak, plugin=plugin)
+
+
+def _check_profiles(network: Any, profiles: list[Profile], name: str) -> None:
+    """Raises InputError for an input whose shape is open: polygraphy would build for a size of one."""
+    for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+        if -1 in tuple(tensor.shape) and not (profiles and all(tensor.name in profile for profile in profiles)):
+            raise InputError(
+                f"{name}: input {tensor.name} has the shape {tuple(tensor.shape)}, expected its sizes in each profile"
+            )
 
 
 def _quantized(trt: Any, network: Any) -> bool:

@@ -7,7 +7,14 @@ from collections import deque
 from types import ModuleType
 from typing import Any
 
-_NOISE = re.compile(r"^(?:\d+: )?\[[^\]]*::\d+\] ?|\(In [\w:~<>]+ at [^\s:]+:\d+\s*|In \w+ at \S+:\d+\s*$")
+_PLACE = r"[\w./:~<>]*\.(?:cpp|h|inl)(?:::?\w*)*:\d+"  # in TensorRT's own sources
+_NOISE = re.compile(
+    rf"^(?:\d+: )?\[{_PLACE}\] ?|\[{_PLACE}(?:: \w+)?\] |^{_PLACE}: (?:ERROR: {_PLACE} In function \w+: (?:\[\d+\] )?)?"
+    rf"|\(In \w+ at {_PLACE} ?|\.? *In \w+ at {_PLACE}(?=\)|$)"
+)
+_NO_NEWS = re.compile(
+    r"^--- (?:Begin|End) node ---|cudaError 35\b"
+)  # a build without a driver says 35 beside any other error
 _NO_MEMORY = re.compile(r"out ?of ?memory|could not be allocated|bad_alloc|MemoryAllocation", re.I)
 _LISTING = ("Layers:", "Engine Layer Information:")
 
@@ -24,7 +31,7 @@ class Heard:
         self.listing = ""
 
     def error(self, message: str) -> None:
-        self._errors.append(" ".join(_NOISE.sub("", message).split()))
+        self._errors.append(_NOISE.sub("", " ".join(message.split())).rstrip(" :"))
 
     def verbose(self, message: str) -> None:
         if message.startswith(_LISTING):
@@ -32,8 +39,12 @@ class Heard:
 
     @property
     def text(self) -> str:
-        """The errors in one line. The first is nearest to the cause: what follows it are its consequences."""
-        return "; ".join(dict.fromkeys(list(self._errors)[:3]))[:600]
+        """The errors in one line. The first is nearest to the cause; what only repeats an earlier one is left out."""
+        news: list[str] = []
+        for message in sorted(self._errors, key=lambda m: bool(_NO_NEWS.search(m))):
+            if not any(earlier in message for earlier in news) and not (news and _NO_NEWS.search(message)):
+                news.append(message)
+        return "; ".join(news[:3])[:600]
 
     @property
     def out_of_memory(self) -> bool:

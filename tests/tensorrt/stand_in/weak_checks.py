@@ -36,9 +36,7 @@ library = resolve("tensorrt")
 def driver() -> Iterator[fake_driver.FakeDriver]:
     trt.calls.clear()
     trt.fail.clear()
-    driver = fake_driver.FakeDriver((9, 0))
-    driver.answers["cuDriverGetVersion"] = 13000
-    with fake_driver.installed(driver):
+    with fake_driver.installed(fake_driver.FakeDriver((9, 0))) as driver:
         yield driver
 
 
