@@ -21,15 +21,15 @@ def parameters(function: str) -> list[str]:
 
 
 def uncompiled(variant: AttentionVariant, architecture: int = 90) -> KernelSet:
-    """The kernels of `compile_attention`; each cubin is a number of its own."""
+    """The kernels of `compile_attention`; each cubin is a text of its own."""
     kernels = []
     for n, source in enumerate(attention_sources(variant)):
         names = [p for p in parameters(source.function) if p not in source.constants and p not in source.null]
         types = {p: "ptr" if source.types[p].startswith("*") else source.types[p] for p in names}
         labels = source.labels or source.constants
         size = 100_000 if "TILE" in source.constants else 0
-        name = source.function.partition(":")[2]
+        name, code = source.function.partition(":")[2], f"{n} of {variant}".encode()
         kernels.append(
-            Kernel(name, labels, architecture, tuple(types.items()), 4, size, bool(source.aligned), b"%d" % n)
+            Kernel(name, labels, architecture, tuple(types.items()), 4, size, bool(source.aligned), code)
         )
     return KernelSet(kernels)
