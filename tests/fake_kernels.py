@@ -7,7 +7,7 @@ from pathlib import Path
 
 import llmlab
 from llmlab.kernels.binaries import Kernel, KernelSet
-from llmlab.kernels.compile import attention_sources
+from llmlab.kernels.compile import KernelSource, attention_sources
 from llmlab.kernels.gpu.geometry import AttentionVariant
 
 
@@ -20,16 +20,22 @@ def parameters(function: str) -> list[str]:
     return [argument.arg for argument in found.args.args]
 
 
+def kernel_of(source: KernelSource, architecture: int, cubin: bytes) -> Kernel:
+    """What compiling `source` gives, but for its code."""
+    names = [p for p in parameters(source.function) if p not in source.constants and p not in source.null]
+    return Kernel(
+        name=source.function.partition(":")[2],
+        constants=source.labels or source.constants,
+        architecture=architecture,
+        parameters=tuple((p, "ptr" if source.types[p].startswith("*") else source.types[p]) for p in names),
+        num_warps=source.options["num_warps"],
+        shared=100_000 if "TILE" in source.constants else 0,
+        aligned=bool(source.aligned),
+        cubin=cubin,
+    )
+
+
 def uncompiled(variant: AttentionVariant, architecture: int = 90) -> KernelSet:
     """The kernels of `compile_attention`; each cubin is a text of its own."""
-    kernels = []
-    for n, source in enumerate(attention_sources(variant)):
-        names = [p for p in parameters(source.function) if p not in source.constants and p not in source.null]
-        types = {p: "ptr" if source.types[p].startswith("*") else source.types[p] for p in names}
-        labels = source.labels or source.constants
-        size = 100_000 if "TILE" in source.constants else 0
-        name, code = source.function.partition(":")[2], f"{n} of {variant}".encode()
-        kernels.append(
-            Kernel(name, labels, architecture, tuple(types.items()), 4, size, bool(source.aligned), code)
-        )
-    return KernelSet(kernels)
+    sources = enumerate(attention_sources(variant))
+    return KernelSet(kernel_of(source, architecture, f"{n} of {variant}".encode()) for n, source in sources)

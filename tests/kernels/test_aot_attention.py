@@ -1,15 +1,17 @@
-"""Attention from kernels compiled ahead of time, launched on raw pointers without Triton, against the NumPy reference: on a GPU."""
+"""Attention launched on raw pointers against the NumPy reference: kernels compiled ahead of time where there is a GPU, else the same launches emulated."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_gpu_attention import DEVICE, KINDS, NEW, TOLERANCE, Case, case, worst_row
+from emulated_gpu import EmulatedGpu
+from fake_driver import installed
+from test_gpu_attention import DEVICE, KINDS, NEW, TOLERANCE, Case, case, only_on_a_gpu, worst_row
 
 from llmlab.cuda import Device, DeviceBuffer, Stream
 from llmlab.kernels.attention import AttentionPointers, PagedAttention, TokenLocator, scratch_bytes
@@ -30,21 +32,33 @@ VARIANTS = {
 
 
 class Gpu:
-    """A GPU, its kernels, read back from an engine folder, and a stream."""
+    """A GPU, kernels and a stream."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, kernels: Callable[[Device], KernelSet]) -> None:
         self.device = Device.open()
         self.stream = Stream()
-        major, minor = self.device.compute_capability
-        compile_attention(VARIANTS.values(), [10 * major + minor]).write(folder)
-        self.kernels = KernelSet.read(folder)
+        self.kernels = kernels(self.device)
 
 
 @pytest.fixture(scope="module")
-def gpu(tmp_path_factory: pytest.TempPathFactory) -> Gpu:
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gpu]:
     if DEVICE == "cpu":
-        pytest.skip("needs an NVIDIA GPU")
-    return Gpu(tmp_path_factory.mktemp("kernels"))
+        with installed(EmulatedGpu(VARIANTS.values())) as emulated:
+            yield Gpu(lambda device: emulated.kernels)
+        return
+
+    def compiled(device: Device) -> KernelSet:
+        major, minor = device.compute_capability
+        folder = tmp_path_factory.mktemp("kernels")
+        compile_attention(VARIANTS.values(), [10 * major + minor]).write(folder)
+        return KernelSet.read(folder)
+
+    yield Gpu(compiled)
+
+
+def few(values: Iterable[Any], *always: Any) -> list[Any]:
+    """Parameters of which only some are run on every CPU, where they take seconds each."""
+    return [v if DEVICE == "cuda" or v in always else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 def as_bytes(tensor: Any) -> Any:
@@ -160,8 +174,10 @@ def case_of(name: str, **shape: Any) -> Case:
     )
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("name", [*KINDS, "bfloat16"])
+@pytest.mark.parametrize("splits", few([1, 3], 3))
+@pytest.mark.parametrize(
+    "name", [*few(KINDS, "window wider than a tile of keys, sinks"), pytest.param("bfloat16", marks=only_on_a_gpu)]
+)
 def test_a_mixed_step_equals_the_reference(gpu: Gpu, name: str, splits: int) -> None:
     given = case_of(name)
     bucket = bucket_for(gpu, name, given)
@@ -179,7 +195,7 @@ def test_a_mixed_step_equals_the_reference(gpu: Gpu, name: str, splits: int) -> 
 EDGES = {"new": (1, 1, 1, 1, 1), "past": (0, 15, 16, 31, 95)}
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", few(KINDS))
 def test_decodes_at_the_edges_of_blocks(gpu: Gpu, name: str) -> None:
     given = case_of(name, **EDGES)
     for splits in (1, 2, 7):
@@ -188,17 +204,18 @@ def test_decodes_at_the_edges_of_blocks(gpu: Gpu, name: str) -> None:
         assert worst_row(bucket.out()[:5], given.expected) < TOLERANCE
 
 
-@pytest.mark.parametrize(("new", "past"), [((16,), (0,)), ((1, 1), (0, 0)), ((32, 16), (0, 16)), ((3, 80), (93, 16))])
-def test_prefills_at_the_edges_of_blocks(gpu: Gpu, new: tuple[int, ...], past: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", few([((16,), (0,)), ((1, 1), (0, 0)), ((32, 16), (0, 16)), ((3, 80), (93, 16))]))
+def test_prefills_at_the_edges_of_blocks(gpu: Gpu, shape: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    new, past = shape
     given = case_of("GQA, RoPE", new=new, past=past)
     bucket = bucket_for(gpu, "GQA, RoPE", given, tokens=0, batch=0)
     bucket.enqueue(decode=False, splits=1)
     assert worst_row(bucket.out(), given.expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-def test_one_captured_bucket_serves_steps_of_other_lengths(gpu: Gpu, splits: int) -> None:
-    name = "GQA, RoPE"
+@pytest.mark.parametrize("splits", few([1, 2, 4], 2))
+@pytest.mark.parametrize("name", few(KINDS, "window wider than a tile of keys, sinks"))
+def test_one_captured_bucket_serves_steps_of_other_lengths(gpu: Gpu, name: str, splits: int) -> None:
     bucket = Bucket(gpu, name, VARIANTS[name].kind.head_dim ** -0.5, tokens=8, batch=8, blocks=64, table=9)
     bucket.load(case_of(name, **EDGES))
     with gpu.stream.capture() as graph:
@@ -213,7 +230,7 @@ def test_one_captured_bucket_serves_steps_of_other_lengths(gpu: Gpu, splits: int
         assert np.isnan(out[len(past) :]).all()
 
 
-@pytest.mark.parametrize("name", ["int8 pool", "fp8 pool"])
+@pytest.mark.parametrize("name", [*few(["int8 pool"]), pytest.param("fp8 pool", marks=only_on_a_gpu)])
 def test_quantized_pools(gpu: Gpu, name: str) -> None:
     given = case_of(name)
     bucket = bucket_for(gpu, name, given)
@@ -235,14 +252,15 @@ def test_quantized_pools(gpu: Gpu, name: str) -> None:
     assert worst_row(bucket.out()[:rows], expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("spoil", ["block_table", "kv_len", "position_ids"])
+@pytest.mark.parametrize("spoil", few(["block_table", "kv_len", "position_ids"], "position_ids"))
 def test_a_wrong_step_is_seen(gpu: Gpu, spoil: str) -> None:
-    given = case_of("GQA, RoPE")
+    name = "window wider than a tile of keys, sinks"
+    given = case_of(name)
     wrong = getattr(given.step, spoil)
     if spoil == "block_table":
         wrong = wrong.roll(1, 0).clamp(min=0)
     else:
         wrong = wrong + 1 if spoil == "position_ids" else wrong - (wrong > 20).int()
-    bucket = bucket_for(gpu, "GQA, RoPE", replace(given, step=replace(given.step, **{spoil: wrong})))
+    bucket = bucket_for(gpu, name, replace(given, step=replace(given.step, **{spoil: wrong})))
     bucket.enqueue(decode=False, splits=2)
     assert worst_row(bucket.out()[: sum(NEW)], given.expected) > 10 * TOLERANCE

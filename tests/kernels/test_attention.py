@@ -93,7 +93,7 @@ def test_a_mixed_step_writes_prefills_decodes_and_merges(launched: Launched) -> 
     rows = 128 // SMALL.kind.group
     assert [launch.grid for launch in found] == [(300, 2, 1), (300 // rows + 5, 2, 1), (5, 2, 3), (5, 4, 1)]
     assert {launch.stream for launch in found} == {77}
-    assert [launch.threads for launch in found] == [128] * 4 and found[1].shared == 100_000
+    assert [launch.threads for launch in found] == [32, 256, 128, 128] and found[1].shared == 100_000
     attend = {**ATTEND, "out": POINTERS.out}
     assert launched.values(found[0]) == WRITE
     assert launched.values(found[1]) == {**attend, "num_seqs": 5}
