@@ -23,16 +23,28 @@ import llmlab
 from llmlab.errors import EngineError, InputError, require
 from llmlab.kernels.binaries import Kernel, KernelSet
 from llmlab.kernels.gpu import geometry
-from llmlab.kernels.gpu.geometry import AttentionVariant, Launch
+from llmlab.kernels.gpu.geometry import AttentionVariant, Launch, SamplingGrid
 
 SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, 121: 99}
 """KiB of shared memory that one block may have, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
 
-_TRITON_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "int8": "*i8", "float8_e4m3fn": "*fp8e4nv"}
+_TRITON_TYPES = {
+    "float32": "*fp32",
+    "float16": "*fp16",
+    "bfloat16": "*bf16",
+    "int8": "*i8",
+    "float8_e4m3fn": "*fp8e4nv",
+}
 _FLOATS = ("partial", "partial_lse", "cos", "sin", "alibi_slopes", "sinks", "k_scale", "v_scale")
 _INTEGERS = ("q_stride", "k_stride", "v_stride", "table_stride", "splits", "num_seqs")
 _INTEGER_TENSORS = ("query_start", "kv_len", "block_table", "position_ids")
 _ALIGNED = ("q", "k", "v", "q_out", "out", "pool", "cos", "sin", "partial")
+_SAMPLING_TYPES = {
+    **dict.fromkeys(("hist", "state", "mass"), "*i64"),
+    **dict.fromkeys(("parts", "temperature", "top_p", "min_p", "uniform"), "*fp32"),
+    **dict.fromkeys(("tokens", "first", "top_k"), "*i32"),
+    **dict.fromkeys(("splits", "step"), "i32"),
+}
 _ALIGNED_NUMBERS = ("q_stride", "k_stride", "v_stride", "pool_half")
 
 
@@ -115,6 +127,33 @@ def _attention_source(variant: AttentionVariant, function: str, launch: Launch) 
     aligned = (*_ALIGNED, *_ALIGNED_NUMBERS) if kind.head_dim % 16 == 0 else ()
     labels = variant.constants(launch)
     return KernelSource(function, _types(variant), launch.constants, launch.options, null, aligned, labels)
+
+
+def compile_sampling(
+    vocab: int,
+    architectures: Iterable[int],
+    dtype: str = "float32",
+    progress: Callable[[int, int], object] | None = None,
+) -> KernelSet:
+    """All that `kernels/sampling.py` launches for logits [N, vocab] of float32 or float16; as `compile_attention`."""
+    return compile_kernels(sampling_sources(vocab, dtype), architectures, progress)
+
+
+def sampling_sources(vocab: int, dtype: str = "float32") -> list[KernelSource]:
+    """The kernels that choose tokens."""
+    types = {**_SAMPLING_TYPES, "logits": _TRITON_TYPES[dtype]}
+    aligned = ("logits", "hist", "mass", "parts", "first")
+    return [
+        KernelSource(
+            f"llmlab.kernels.gpu.sampling:{name}",
+            types,
+            launch.constants,
+            launch.options,
+            aligned=aligned,
+            labels={**launch.constants, "dtype": dtype},
+        )
+        for name, launch in SamplingGrid(1, vocab, 1).launches().items()
+    ]
 
 
 def compile_kernels(

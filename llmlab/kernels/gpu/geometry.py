@@ -188,13 +188,13 @@ class SamplingGrid:
 
     @property
     def scratch_shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name → (dtype, shape) of what the kernels leave for each other."""
+        """Name → (dtype, shape) of what the kernels leave for each other; each but the last is of a multiple of 128 bytes."""
         return {
             "hist": ("int64", (self.rows, 6, 1024)),
             "state": ("int64", (self.rows, 16)),
-            "mass": ("int64", (self.rows, self.tiles_pad)),
             "parts": ("float32", (self.rows, 2, self.MAX_SPLITS)),
             "first": ("int32", (self.rows, self.MAX_SPLITS)),
+            "mass": ("int64", (self.rows, self.tiles_pad)),
         }
 
     def launches(self) -> dict[str, Launch]:
