@@ -23,7 +23,6 @@ _BINDING = re.compile(
     r"\s*Name: (?P<name>.*?), IOMode: (?P<mode>\w+), DataType: (?P<dtype>\w+), Dimensions: \[(?P<shape>[-\d,]*)\]"
 )
 _RANGE = re.compile(r"MinShape: \[([\d,]*)\], OptShape: \[([\d,]*)\], MaxShape: \[([\d,]*)\]")
-_PROFILE = re.compile(r" \[profile (\d+)\]|_myl\d+(?:_\d+)?$")
 
 
 @dataclass(frozen=True)

@@ -71,12 +71,12 @@ def one_node(node: AttentionNode, *, rows: int = F16, **other: Any) -> onnx.Mode
 def build(tmp_path: Path) -> Build:
     """The plan for SM89 and what is in it."""
 
-    def run(model: onnx.ModelProto, *, aliased: bool = True) -> tuple[bytes, Listing]:
+    def run(model: onnx.ModelProto, *, plugin: bool = True) -> tuple[bytes, Listing]:
         onnx.save(model, tmp_path / "model.onnx")
         shapes = {t.name: [d.dim_param or d.dim_value for d in t.type.tensor_type.shape.dim] for t in model.graph.input}
         profiles = CONFIG.profiles(shapes, {"blocks": (1, 8, 64), "max_blocks": (1, 4, 4)})
-        with plugin_host(trt).reporting():
-            plan = build_plan(LIBRARY, tmp_path / "model.onnx", profiles, CONFIG, aliased=aliased)
+        plugin_host(trt)
+        plan = build_plan(LIBRARY, tmp_path / "model.onnx", profiles, CONFIG, plugin=plugin)
         return bytes(plan.data), parse_listing(plan.listing)
 
     return run
@@ -108,7 +108,7 @@ def test_every_kind_of_layer_is_built_in_place(build: Build, variant: str) -> No
 
 def test_without_the_preview_feature_nothing_is_in_place(build: Build) -> None:
     with pytest.raises(EngineError, match="Aliased I/O used by plugin attn"):
-        build(one_node(NODE), aliased=False)
+        build(one_node(NODE), plugin=False)
 
 
 def test_a_pool_that_is_not_in_place_shows_in_the_listing(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
