@@ -13,6 +13,7 @@ from llmlab.errors import EngineError
 
 Shape = tuple[int, ...]
 
+_NODE = re.compile(r"\[ONNX Layer: ([^\]|]+)")
 _LAYER = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], (?P<rest>(?:Constants|Outputs): \[.*)"
 )
@@ -43,6 +44,8 @@ class Layer:
     inputs: tuple[Value, ...]
     constants: tuple[Value, ...]
     outputs: tuple[Value, ...]
+    nodes: tuple[str, ...] = ()
+    """Names of the ONNX nodes that it computes, where TensorRT says so."""
 
     @property
     def weight(self) -> Value | None:
@@ -77,7 +80,9 @@ def parse_listing(text: str) -> Listing:
     for line in text.splitlines():
         if found := _LAYER.match(line):
             constants, _, outputs = found["rest"].rpartition("Outputs: [")
-            layers.append(Layer(found["name"], found["kind"], *map(_values, (found["inputs"], constants, outputs))))
+            ins, held, outs = map(_values, (found["inputs"], constants, outputs))
+            nodes = nodes_of(line.rpartition("Metadata: ")[2])
+            layers.append(Layer(found["name"], found["kind"], ins, held, outs, nodes))
         elif found := _BINDING.match(line):
             profiles = tuple((_shape(a), _shape(b), _shape(c)) for a, b, c in _RANGE.findall(line))
             bindings.append(
@@ -86,6 +91,11 @@ def parse_listing(text: str) -> Listing:
     if not layers or not bindings:
         raise EngineError("TensorRT listed no layers: build with a logger that keeps verbose messages")
     return Listing(tuple(layers), tuple(bindings))
+
+
+def nodes_of(metadata: str) -> tuple[str, ...]:
+    """The ONNX nodes that a layer's metadata names."""
+    return tuple(_NODE.findall(metadata))
 
 
 def _values(text: str) -> tuple[Value, ...]:
