@@ -7,7 +7,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.errors import UnsupportedModelError
-from llmlab.graph.store.storage import DeferredValues, array
+from llmlab.graph.store.storage import DeferredValues, array, loaded
 
 _CHUNK = 1 << 22  # values looked at together
 
@@ -17,10 +17,10 @@ class Narrowed(DeferredValues):
 
     def __init__(self, constant: gs.Constant, dtype: np.dtype) -> None:
         super().__init__(tuple(constant.shape), dtype)
-        self._constant = constant
+        self.sources = [constant._values]
 
     def load(self) -> np.ndarray:
-        return array(self._constant).astype(self.dtype)
+        return loaded(self.sources[0]).astype(self.dtype)
 
 
 def survives(constant: np.ndarray | None, dtype: np.dtype) -> bool:

@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from llmlab.errors import UnsupportedModelError
-from llmlab.graph.edit import Editor, ints, operand, scope
+from llmlab.graph.edit import Editor, ints, operand, scope, sort_nodes
 from llmlab.graph.store.storage import onnx_dtype
 
 _WIDE = np.dtype(np.float32)
@@ -30,7 +30,7 @@ def legalise(edit: Editor, opset: int, keep_fp32: set[str]) -> None:
             edit.replace(node.outputs[0], expand(_Chain(edit, node), node))
             if node.op in NORMS or node.name in keep_fp32:
                 keep_fp32.update(n.name for n in edit.surgeon.nodes[count:])
-    edit.surgeon.cleanup()
+    sort_nodes(edit.surgeon.cleanup())
     for node in [n for n in edit.surgeon.nodes if not n.domain]:
         if opset < 18 and node.op == "Split":
             _sizes_of_split(edit, node)

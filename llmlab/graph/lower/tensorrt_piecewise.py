@@ -49,7 +49,8 @@ def cut_at_attention(edit: Editor, weak_type: str | None, wide: Collection[str],
 
 
 def _dense(piece: Piece, keep_fp32: Collection[str]) -> Dense:
-    kept = tuple(n.name for n in piece.graph.surgeon.nodes if n.name in keep_fp32)
+    computed = (n for n in piece.graph.surgeon.nodes if all(t.dtype == np.float32 for t in n.outputs))
+    kept = tuple(n.name for n in computed if n.name in keep_fp32)
     return Dense(piece.name, piece.graph, piece.key, kept)
 
 

@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import constant_expression
-from llmlab.graph.store.storage import DeferredValues, array
+from llmlab.graph.store.storage import DeferredValues, loaded
 
 Attrs = dict[str, Any]
 _OPS: dict[str, Callable[[Attrs, list[np.ndarray]], np.ndarray]] = {
@@ -44,7 +44,8 @@ def _leaves(tensor: gs.Tensor) -> list[gs.Constant]:
 
 def _compile(tensor: gs.Tensor) -> Callable[[], np.ndarray]:
     if isinstance(tensor, gs.Constant):
-        return lambda: array(tensor)
+        values = tensor._values
+        return lambda: loaded(values)
     node = tensor.inputs[0]
     operator, attrs, inputs = _OPS[node.op], dict(node.attrs), [_compile(t) for t in node.inputs]
     return lambda: operator(attrs, [compute() for compute in inputs])

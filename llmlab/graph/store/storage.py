@@ -69,7 +69,11 @@ def onnx_dtype(dtype: np.dtype) -> int:
 
 def array(constant: gs.Constant) -> np.ndarray:
     """A constant's values; a deferred one is computed and not kept."""
-    values = constant._values
+    return loaded(constant._values)
+
+
+def loaded(values: np.ndarray | LazyValues) -> np.ndarray:
+    """What a constant holds, as an array. What outlives a constant keeps its values: writing swaps them for a while."""
     return values.load() if isinstance(values, LazyValues) else values
 
 

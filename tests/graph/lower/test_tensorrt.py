@@ -12,10 +12,12 @@ import tiny
 from conftest import Store
 from families import FAMILIES
 from lowered import Execution
+from my_operators import clipped_silu
 from steps import RAGGED, worst_error
 
 import llmlab as ll
 from llmlab.errors import InputError
+from llmlab.graph.edit import Editor, scope, sort_nodes
 from llmlab.graph.graph import Graph
 from llmlab.graph.interpret import Interpreter
 from llmlab.graph.lower.tensorrt import lower
@@ -138,6 +140,30 @@ def test_every_family(tmp_path: Path, name: str) -> None:
         assert truth.error(lower(graph, dialect=dialect)) < 1e-5
         assert truth.error(lower(half, dialect=dialect)) < 2e-2
     assert truth.error(lower(graph, dialect=17, weak_type="float16")) < 2e-2
+
+
+def clipped(graph: Graph) -> Graph:
+    """With a declared operator behind every gated product: one that no target knows."""
+    result = graph.copy()
+    edit = Editor(result)
+    for node in [n for n in result.surgeon.nodes if n.op == "GatedActivation"]:
+        readers = list(node.outputs[0].outputs)
+        (made,) = clipped_silu.add(edit, scope(node), node.outputs, limit=0.3)
+        edit.replace(node.outputs[0], made, only=readers)
+    sort_nodes(result.surgeon)
+    return result
+
+
+@pytest.mark.parametrize(("dialect", "weak_type", "most"), [(17, None, 1e-5), (23, None, 1e-5), (17, "float16", 2e-2)])
+def test_declared_operators_run_by_their_bodies(store: Store, dialect: int, weak_type: str | None, most: float) -> None:
+    graph = store.serving("llama")
+    custom = clipped(graph)
+    lowered = lower(custom, dialect=dialect, weak_type=weak_type)
+    assert all(not p.graph.surgeon.functions for p in lowered.parts if isinstance(p, Dense))
+    assert Truth(custom).error(lowered) < most
+    assert Truth(graph).error(lowered) > 0.05
+    half = ll.convert(custom, "float16")
+    assert Truth(custom).error(lower(half, dialect=dialect)) < 2e-2
 
 
 def test_what_cannot_be_asked_for(store: Store) -> None:
