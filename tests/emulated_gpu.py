@@ -16,8 +16,7 @@ from fake_driver import FakeDriver
 from fake_kernels import kernel_of, parameters
 
 from llmlab.kernels.binaries import KernelSet
-from llmlab.kernels.compile import KernelSource, attention_sources
-from llmlab.kernels.gpu.geometry import AttentionVariant
+from llmlab.kernels.compile import KernelSource
 
 _WORDS = {"i64": "q", "i32": "i4x", "fp32": "f4x"}
 _DTYPES = {
@@ -32,15 +31,11 @@ _DTYPES = {
 
 
 class EmulatedGpu(FakeDriver):
-    """Runs the kernels of these layers; `kernels` is what an engine would have."""
+    """Runs the kernels of these sources; `kernels` is what an engine would have."""
 
-    def __init__(self, variants: Iterable[AttentionVariant]) -> None:
+    def __init__(self, sources: Iterable[KernelSource]) -> None:
         super().__init__()
-        made = [
-            (kernel_of(source, 90, f"{n} of {variant}".encode()), source)
-            for variant in variants
-            for n, source in enumerate(attention_sources(variant))
-        ]
+        made = [(kernel_of(source, 90, b"kernel %d" % n), source) for n, source in enumerate(sources)]
         self.kernels = KernelSet(kernel for kernel, _ in made)
         self._sources = {kernel.cubin: source for kernel, source in made}
         self.parameters = {kernel.cubin: len(kernel.parameters) + 2 for kernel, _ in made}

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -189,7 +189,7 @@ def compile_kernels(
         with ThreadPoolExecutor(max(1, len(compilers))) as pool:
             futures = [pool.submit(work, compiler) for compiler in compilers]
             try:
-                for future in futures:
+                for future in as_completed(futures):
                     future.result()
             except BaseException:  # of a compiler, or Ctrl-C: the others stop at once
                 for compiler in compilers:

@@ -16,7 +16,7 @@ from test_gpu_attention import DEVICE, KINDS, NEW, TOLERANCE, Case, case, only_o
 from llmlab.cuda import Device, DeviceBuffer, Stream
 from llmlab.kernels.attention import AttentionPointers, PagedAttention, TokenLocator, scratch_bytes
 from llmlab.kernels.binaries import KernelSet
-from llmlab.kernels.compile import compile_attention
+from llmlab.kernels.compile import attention_sources, compile_attention
 from llmlab.kernels.gpu.geometry import AttentionKind, AttentionVariant
 from llmlab.kernels.reference import paged_attention, rope
 
@@ -43,7 +43,8 @@ class Gpu:
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gpu]:
     if DEVICE == "cpu":
-        with installed(EmulatedGpu(VARIANTS.values())) as emulated:
+        sources = (source for variant in VARIANTS.values() for source in attention_sources(variant))
+        with installed(EmulatedGpu(sources)) as emulated:
             yield Gpu(lambda device: emulated.kernels)
         return
 
