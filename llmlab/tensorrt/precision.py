@@ -33,32 +33,29 @@ def apply_weak_typing(trt: Any, network: Any, typing: WeakTyping) -> int:
             )
         tensors[name].dtype = types[dtype]
     wanted = set(typing.float32)
-    found, held = set(), 0
-    for layer in (network.get_layer(i) for i in range(network.num_layers)):
-        node = _node_of(layer, wanted)
-        if node is None:
-            continue
-        found.add(node)
-        held += _hold(trt, layer)
-    if missing := wanted - found:
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    nodes = {layer.name: node for layer in layers if (node := _node_of(layer, wanted)) is not None}
+    if missing := wanted - set(nodes.values()):
         raise InputError(
             f"the parsed network has no layer of {min(missing)}, which must stay float32 ({len(missing)} such)"
         )
-    return held
+    held = [layer for layer in layers if layer.name in nodes and _computes(trt, layer)]
+    between = {t.name for layer in held for t in map(layer.get_input, range(layer.num_inputs)) if t is not None}
+    for layer in held:
+        layer.precision = trt.float32
+        for i in range(layer.num_outputs):
+            output = layer.get_output(i)
+            # What only others read may be narrow already, and what leaves the network has its type declared.
+            if output.name in between and not output.is_network_output:
+                layer.set_output_type(i, trt.float32)
+    return len(held)
 
 
-def _hold(trt: Any, layer: Any) -> bool:
-    """Hold a layer and its outputs in float32, unless it deals in shapes or indices or only carries a weight."""
+def _computes(trt: Any, layer: Any) -> bool:
+    """Whether a layer works on numbers, rather than on shapes or indices, or only carries a weight."""
     if layer.type in (trt.LayerType.CONSTANT, trt.LayerType.SHAPE):
         return False
-    outputs = range(layer.num_outputs)
-    if any(layer.get_output(i).dtype not in (trt.float32, trt.float16) for i in outputs):
-        return False
-    layer.precision = trt.float32
-    for i in outputs:
-        if not layer.get_output(i).is_network_output:  # whose type is declared already
-            layer.set_output_type(i, trt.float32)
-    return True
+    return all(layer.get_output(i).dtype in (trt.float32, trt.float16) for i in range(layer.num_outputs))
 
 
 def _node_of(layer: Any, wanted: Collection[str]) -> str | None:

@@ -100,9 +100,9 @@ class Tensor:
 
 
 class Layer:
-    def __init__(self, name: str, kind: LayerType, outputs: list[Tensor], metadata: str) -> None:
-        self.name, self.type, self._outputs, self.metadata = name, kind, outputs, metadata
-        self.num_outputs = len(outputs)
+    def __init__(self, name: str, kind: LayerType, inputs: list[Any], outputs: list[Tensor], metadata: str) -> None:
+        self.name, self.type, self._inputs, self._outputs, self.metadata = name, kind, inputs, outputs, metadata
+        self.num_inputs, self.num_outputs = len(inputs), len(outputs)
         self.precision_is_set = False
         self._precision = float32
 
@@ -114,6 +114,9 @@ class Layer:
     def precision(self, value: DataType) -> None:
         calls.append(("precision", [self.name, value.name]))
         self._precision, self.precision_is_set = value, True
+
+    def get_input(self, index: int) -> Tensor | None:
+        return self._inputs[index]
 
     def get_output(self, index: int) -> Tensor:
         return self._outputs[index]
@@ -170,14 +173,17 @@ class OnnxParser:
         self._network.outputs = list(results.values())
         for result in results.values():
             result.is_network_output = True
+        known: dict[str, Tensor] = {t.name: t for t in self._network.inputs}
         used: set[str] = set()
         for number, node in enumerate(model.graph.node):
             dtype = int32 if node.op_type == "Shape" else float32
             made = [results.get(name) or Tensor(name, dtype, (-1,)) for name in node.output]
+            known |= {tensor.name: tensor for tensor in made}
+            read = [known.get(name) for name in node.input]  # weights aren't tensors of the network
             name = node.name if node.name not in used else f"{node.name}_{number}"
             used.add(name)
             kind = _KINDS.get(node.op_type, LayerType.ELEMENTWISE)
-            self._network.layers.append(Layer(name, kind, made, f"[ONNX Layer: {node.name}]"))
+            self._network.layers.append(Layer(name, kind, read, made, f"[ONNX Layer: {node.name}]"))
         return True
 
 

@@ -73,7 +73,10 @@ def test_what_is_declared_and_configured(onnx_path: Path) -> None:
     assert named("create_network") == [1], "explicit batch"
     assert named("parse_from_file") == [str(onnx_path)], "by path, so that weights may lie beside it"
     assert named("dtype") == [["x", "HALF"], ["y", "HALF"]]
-    assert named("precision") == named("set_output_type") == [[name, "FLOAT"] for name in trt_graphs.NORM]
+    assert named("precision") == [[name, "FLOAT"] for name in trt_graphs.NORM]
+    assert named("set_output_type") == [[name, "FLOAT"] for name in trt_graphs.NORM[:-1]], (
+        "the product may read it narrow"
+    )
 
 
 def test_one_timing_cache_for_all_parts_and_only_times_in_its_file(onnx_path: Path, tmp_path: Path) -> None:
