@@ -62,7 +62,7 @@ def make_logger(trt: ModuleType) -> tuple[Any, Heard]:
             trt.ILogger.__init__(self)
 
         def log(self, level: Any, message: str) -> None:
-            if level in errors:
+            if level in errors or "CUDA initialization failure" in message:  # 8.6 calls that a warning
                 heard.error(message)
             elif level == severity.VERBOSE:
                 heard.verbose(message)
