@@ -215,10 +215,9 @@ def test_slots_cost_what_their_tokens_cost(store: Store) -> None:
 
     wide = {
         "model_type": "llama",
-        "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
-        "head_dim": 64,
+        "head_dim": 128,
     }
     source = store.once(
         "wide.checkpoint", lambda p: tiny.write_checkpoint(p, {**wide, "max_position_embeddings": 8192})

@@ -164,14 +164,14 @@ def test_it_stays_in_front_of_any_other(op: Any, reason: str) -> None:
 
 
 def model(op: Any, **attributes: Any) -> Any:
-    """The tiny Llama whose first layer has `op` in the place of its SiLU."""
+    """The tiny Llama of one layer, with `op` in the place of its SiLU."""
     import torch
 
     class Activation(torch.nn.Module):
         def forward(self, x: Any) -> Any:
             return op(x, **attributes)
 
-    made = tiny.make_model(tiny.MODELS["llama"])
+    made = tiny.make_model(tiny.MODELS["one layer"])
     made.model.layers[0].mlp.act_fn = Activation()
     return made
 

@@ -41,7 +41,12 @@ def llama() -> Any:
 @pytest.fixture(scope="module")
 def nemotron() -> Any:
     """LayerNorm1P, a plain MLP, RoPE over half of a head, and biases."""
-    sizes = {"model_type": "nemotron", "tie_word_embeddings": False, "partial_rotary_factor": 0.5}
+    sizes = {
+        "model_type": "nemotron",
+        "num_hidden_layers": 1,
+        "tie_word_embeddings": False,
+        "partial_rotary_factor": 0.5,
+    }
     return tiny.make_model({**sizes, "attention_bias": True, "mlp_bias": True})
 
 
@@ -50,12 +55,18 @@ def nemotron_config(model: Any, **changes: Any) -> dict[str, Any]:
     return llama_config(model, **(kind | changes))
 
 
-GPT2 = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64}
+GPT2 = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64}
 
 
 @pytest.fixture(scope="module")
 def learned() -> Any:
-    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "activation_function": "gelu_pytorch_tanh"}
+    sizes = {
+        "n_embd": 64,
+        "num_hidden_layers": 1,
+        "n_head": 4,
+        "n_positions": 64,
+        "activation_function": "gelu_pytorch_tanh",
+    }
     return tiny.make_model({"model_type": "gpt2", **sizes})
 
 

@@ -72,7 +72,7 @@ def errors(serving: Any, plan: steps.Plan, expected: list[np.ndarray]) -> float:
 
 
 def test_the_command_line_chooses_too(tmp_path: Path) -> None:
-    folder = tiny.write_checkpoint(tmp_path / "c", {"model_type": "phi3", **longrope()})
+    folder = tiny.write_checkpoint(tmp_path / "c", {"model_type": "phi3", "num_hidden_layers": 1, **longrope()})
     arguments = ["export", str(folder), "-o", str(tmp_path / "plain"), "--max-seq-len", "64"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
