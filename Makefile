@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
-# Tests run in two processes; torch and BLAS would otherwise start a thread per core in each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks tests
+# Tests run in two processes; torch and BLAS would otherwise start a thread per core in each. A file's tests stay
+# together (worksteal), so that what they share is made once and not waited for.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --nbmake --nbmake-timeout=300 notebooks tests
 
 .PHONY: help demo lab check test test-all format notebooks architectures clean
 

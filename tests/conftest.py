@@ -4,8 +4,11 @@ session, also when several workers run it."""
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,18 @@ class Store:
 
             self._models[name] = AutoModelForCausalLM.from_pretrained(self.checkpoint(name)).eval()
         return self._models[name]
+
+    def demo(self) -> Path:
+        """The folder in which `make demo` ran once, its engine of tinychat included; printed.json has (exit code, output,
+        errors)."""
+
+        def make(folder: Path) -> None:
+            folder.mkdir()
+            command = (sys.executable, "-m", "llmlab.demo")
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+            (folder / "printed.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
+
+        return self.once("demo", make)
 
 
 @pytest.fixture(scope="session")

@@ -23,14 +23,7 @@ NINE = "un, deux, trois, quatre, cinq, six, sept, huit, neuf."
 
 @pytest.fixture(scope="session")
 def first_run(store: Any) -> Path:
-    """The folder of a demo that ran once, with what it printed."""
-
-    def make(folder: Path) -> None:
-        folder.mkdir()
-        done = subprocess.run(COMMAND, cwd=folder, capture_output=True, text=True, timeout=300)
-        (folder / "printed.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
-
-    folder = store.once("demo", make)
+    folder = store.demo()
     assert isinstance(folder, Path)
     return folder
 

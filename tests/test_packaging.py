@@ -77,7 +77,7 @@ class Distribution:
         shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NEVER_SHIPPED))
         run(sys.executable, "-m", "build", "--outdir", folder / "dist", source, cwd=folder)
         run(sys.executable, "-m", "venv", folder / "bare", cwd=folder)
-        install = ("-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt")
+        install = ("-m", "pip", "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt")
         run(cls(folder).python, *install, cls(folder).wheel, cwd=folder)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from conftest import Store
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llmlab import demo
 from llmlab.runtime.batch import Backend, StepBatch
 from llmlab.runtime.core import EngineCore
 from llmlab.runtime.engine import Engine
@@ -27,12 +27,7 @@ STEP = 64
 
 @pytest.fixture(scope="module")
 def engine(store: Store) -> Engine:
-    def make(path: Path) -> None:
-        import llmlab as ll
-
-        ll.build(ll.optimize(ll.export("tinychat")), path, max_tokens_per_step=STEP)
-
-    return Engine.load(store.once("tinychat.engine", make))
+    return Engine.load(store.demo() / demo.ENGINE)
 
 
 @pytest.fixture(scope="module")
