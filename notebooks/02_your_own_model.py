@@ -198,9 +198,13 @@ llm.chat([{"role": "user", "content": "How do I count to nine in French?"}])
 # tokens have to be the same, and the log-probability of each, too.
 
 # %%
+from pathlib import Path
+
 from llmlab.zoo.tasks import examples
 
-theirs = ll.LLM(ll.build(ll.optimize(ll.export("tinychat")), "engines/theirs", overwrite=True), max_num_seqs=8)
+saved = Path("engines/tinychat-graph")  # by the notebook before this one
+reference = ll.Graph.load(saved) if saved.exists() else ll.optimize(ll.export("tinychat"))
+theirs = ll.LLM(ll.build(reference, "engines/theirs", overwrite=True), max_num_seqs=8)
 questions = [example.messages for example in examples("held-out", 24, seed=3)]
 
 
