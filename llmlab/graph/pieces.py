@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import RenderableType
-from rich.table import Table
+from rich.console import Group, RenderableType
 
 from llmlab.graph.edit import Dim
 from llmlab.graph.graph import Graph
@@ -49,6 +48,11 @@ class Piece:
             "inputs": list(self.inputs),
             "outputs": list(self.outputs),
         }
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        chosen = ", a chosen node" if self.marked else ""
+        head = f"<div>piece {self.index}: <b>{html.escape(self.name)}</b>{chosen}, kind {html.escape(self.key)}</div>"
+        return {"text/plain": repr(self), "text/html": head + self.graph._repr_mimebundle_()["text/html"]}
 
 
 @dataclass(frozen=True)
@@ -108,26 +112,49 @@ class Cut:
         marked = sum(piece.marked for piece in self.pieces)
         return f"Cut({len(self.pieces)} pieces, {marked} at chosen nodes, {keys} different; {len(self.crossings)} tensors cross)"
 
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return iter(self.pieces)
+
     def __rich__(self) -> RenderableType:
-        table = Table(*_COLUMNS, title=repr(self), title_justify="left")
-        for row in self._rows():
-            table.add_row(*map(plain, row))
-        return table
+        """A paragraph for each kind of piece, with the names of the first one: as narrow as the names are."""
+        kinds: dict[str, list[tuple[Piece, tuple[str, ...]]]] = {}
+        for piece, row in zip(self.pieces, self._rows(), strict=True):
+            kinds.setdefault(piece.key, []).append((piece, row))
+        parts: list[RenderableType] = [plain(repr(self), "bold")]
+        for alike in kinds.values():
+            first, (_, kind, what, *_) = alike[0]
+            which = ", ".join(str(piece.index) for piece, _ in alike)
+            count = f"{len(first.graph.surgeon.nodes)} nodes: " if not first.marked else ""
+            parts.append(
+                plain(f"kind {kind}, {'pieces' if len(alike) > 1 else 'piece'} {which}: {count}{what}", "bold")
+            )
+            for verb, ends in (("reads", self._reads(first)), ("gives", self._gives(first))):
+                parts += [plain(f"  {verb} {end}") for end in ends]
+        return Group(*parts)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         rows = ([f"<small>{html.escape(cell)}</small>" for cell in row] for row in self._rows())
         page = f"<div>{html.escape(repr(self))}</div>{html_table(_COLUMNS, rows)}"
         return {"text/plain": repr(self), "text/html": page}
 
+    def _reads(self, piece: Piece) -> list[str]:
+        made_by = {c.name: f" of {c.made_by}" for c in self.crossings}
+        return [name + made_by.get(name, "") for name in piece.inputs]
+
+    def _gives(self, piece: Piece) -> list[str]:
+        shapes = {c.name: f" {_shape(c.shape)}" for c in self.crossings}
+        return [name + shapes.get(name, "") for name in piece.outputs]
+
     def _rows(self) -> list[tuple[str, ...]]:
         letters: dict[str, str] = {}
-        of = {c.name: c for c in self.crossings}
         rows: list[tuple[str, ...]] = []
         for piece in self.pieces:
             kind = letters.setdefault(piece.key, str(len(letters) + 1))
             ops = Counter(n.op for n in piece.graph.surgeon.nodes).most_common(4)
-            reads = ", ".join(f"{n} of {of[n].made_by}" if n in of else n for n in piece.inputs)
-            gives = ", ".join(f"{n} {_shape(of[n].shape)}" if n in of else n for n in piece.outputs)
+            reads, gives = ", ".join(self._reads(piece)), ", ".join(self._gives(piece))
             what = piece.name if piece.marked else ", ".join(f"{count} {op}" for op, count in ops)
             rows.append((str(piece.index), kind, what, str(len(piece.graph.surgeon.nodes)), reads, gives))
         return rows

@@ -304,13 +304,27 @@ def test_it_shows_itself(store: Store) -> None:
     page = result._repr_mimebundle_()
     assert page["text/plain"] == repr(result) == "Cut(5 pieces, 2 at chosen nodes, 4 different; 10 tensors cross)"
     assert page["text/html"].count("<tr>") == 6 and "model.layers.1.self_attn/PagedAttention" in page["text/html"]
-    console = Console(width=400, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(result)
-    assert "model.layers.1.self_attn/PagedAttention" in console.export_text()
+    shown = console.export_text()
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "pieces 1, 3: model.layers.0.self_attn/PagedAttention\n" in shown
+    words = set(shown.split())
+    for piece in (result.pieces[i] for i in (0, 1, 2, 4)):  # one of each kind: no name is broken
+        assert {*piece.inputs, *piece.outputs} <= words
     data = json.loads(json.dumps(result.to_dict()))
     assert [p["marked"] for p in data["pieces"]] == [False, True, False, True, False]
     assert data["outputs"] == ["logits", "kv_cache.0.updated", "kv_cache.1.updated"]
     assert all(c["made_by"] < min(c["read_by"]) for c in data["crossings"])
+
+
+def test_a_cut_is_its_pieces_and_a_piece_shows_itself(store: Store) -> None:
+    result = cut(store.serving("llama"), is_op("PagedAttention"))
+    assert len(result) == 5 and tuple(result) == result.pieces
+    page = result.pieces[1]._repr_mimebundle_()["text/html"]
+    assert "model.layers.0.self_attn/PagedAttention</b>, a chosen node" in page and "<td>block_table</td>" in page
+    evil = replace(result.pieces[2], name="<script>")._repr_mimebundle_()["text/html"]
+    assert "<script" not in evil and "&lt;script&gt;" in evil and "chosen" not in evil
 
 
 def test_a_piece_is_saved_and_opened(store: Store, tmp_path: Any) -> None:

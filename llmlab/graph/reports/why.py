@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from llmlab.graph.reports.render import details, html_table, lines_html, lines_t
 from llmlab.graph.reports.report import History, NearMiss, PassReport, Rewrite, folded
 
 _STATUS = {"fired": "bold green", "changed": "green", "near miss": "yellow"}
+_SHOWN = 8  # lines of what a pass changed, in a terminal
 _SAYS = {"changed": "fired elsewhere, changed this"}
 
 
@@ -89,18 +91,38 @@ class Why:
 
 
 def _text(found: Why) -> RenderableType:
-    parts: list[RenderableType] = [plain(found.place, "bold")]
+    """Short enough for a terminal: names without the module that all of them share, of each pass the first few lines."""
+    shared = _shared_module(found)
+    parts: list[RenderableType] = [
+        plain(found.place, "bold").append_text(plain(f"  … is {shared}" if shared else "", "dim"))
+    ]
     if not found.passes:
         parts.append(Text("no pass has run on this graph"))
     for here in found.with_status(*_STATUS):
         line = plain(here.report.title, "bold").append(f"  {_says(here)}", _STATUS[here.status])
-        if here.report.source:
-            line.append_text(plain(f"  {here.report.source}", "dim"))
-        parts += [line, *lines_text(_lines(here), "  ")]
-        parts += [plain(f"  {miss}", "yellow") for miss in folded(here.near_misses)]
+        line.append_text(plain(f"  {here.report.source.rpartition('/')[2]}".rstrip(), "dim"))
+        changes = [_without(shared, text) for text in _lines(here)]
+        rest = len(changes) - _SHOWN if len(changes) > _SHOWN + 1 else 0
+        parts += [line, *lines_text(changes[: len(changes) - rest], "  ")]
+        if rest:
+            parts.append(plain(f"  … {rest} more lines: --json and notebooks show all", "dim"))
+        parts += [plain(f"  {_without(shared, miss)}", "yellow") for miss in folded(here.near_misses)]
     if found.not_found:
         parts.append(plain(f"pattern not found here: {', '.join(found.not_found)}", "dim"))
     return Group(*parts)
+
+
+def _shared_module(found: Why) -> str:
+    """The whole path of the module that `found.place` is the end of, if it is one module's and not that of several."""
+    if "/" in found.place:
+        return ""
+    ends = re.compile(rf"(?<![\w.])((?:[^\s./]+\.)*{re.escape(found.place)})(?=[./])")
+    paths = {path for here in found.passes for line in _lines(here) for path in ends.findall(line)}
+    return paths.pop() if len(paths) == 1 else ""
+
+
+def _without(module: str, line: str) -> str:
+    return re.sub(rf"(?<![\w.]){re.escape(module)}(?=[./])", "…", line) if module else line
 
 
 def _html(found: Why) -> str:

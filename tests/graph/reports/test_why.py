@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import onnx_graphsurgeon as gs
@@ -124,10 +125,23 @@ def test_how_it_looks(graph: Graph) -> None:
     found = graph.why("layers.0")
     shown = terminal(found)
     assert max(map(len, shown.splitlines())) <= 60
-    assert "fired elsewhere, changed this" in shown and "+ model.layers.0.self_attn/PagedAttention" in shown
+    assert "fired elsewhere, changed this" in shown and "layers.0  … is model.layers.0" in shown
+    assert "+ ….self_attn/PagedAttention" in shown and "more lines: --json and notebooks show all" in shown
     html = found._repr_mimebundle_()["text/html"]
     assert "<details>" in html and "<small>added</small>" in html and "<small>removed</small>" in html
     assert found.to_dict()["passes"][0].keys() >= {"pass", "run", "status", "source", "rewrites", "near_misses", "diff"}
+
+
+def test_a_terminal_is_not_flooded(graph: Graph) -> None:
+    """Lines fit and are few; what they leave out is in the HTML. Where a place is several modules, names stay whole."""
+    found = graph.why("layers.0.self_attn")
+    shown = terminal(found, 80)
+    assert "model.layers.0.self_attn/" not in shown
+    per_pass = re.split(r"^(?=\w)", shown, flags=re.M)
+    assert len(per_pass) > 10 and max(len(part.splitlines()) for part in per_pass) <= 1 + 9 + 4
+    page = found._repr_mimebundle_()["text/html"]
+    assert page.count("model.layers.0.self_attn/") > shown.count("…/")
+    assert "model.layers.1.mlp.up_proj/MatMul" in terminal(graph.why("mlp"), 80)
 
 
 def test_names_are_escaped() -> None:
