@@ -113,10 +113,9 @@ def _verify(graph: Graph) -> None:
     kind = graph.config.model_type
     left = [n for n in graph.surgeon.nodes if n.op == "Attention"]
     if left:
-        reasons = [f"{p}: {why}" for (p, node), why in misses.items() if node == left[0].name]
-        raise UnsupportedModelError(
-            f"{kind}: {left[0].name} can't be paged ({'; '.join(reasons) or 'no pass matched it'})"
-        )
+        paging = (RecogniseMask.name, PageAttention.name)  # the first of them that missed it says why
+        reasons = [f"{p}: {misses[p, left[0].name]}" for p in paging if (p, left[0].name) in misses]
+        raise UnsupportedModelError(f"{kind}: {left[0].name} can't be paged ({[*reasons, 'no pass matched it'][0]})")
     if graph.kind != "serving":
         reasons = [f"{node}: {why}" for (p, node), why in misses.items() if p == FuseAttention.name][:1]
         raise UnsupportedModelError(f"{kind}: no attention was found in its graph{''.join(f' ({r})' for r in reasons)}")
