@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +41,13 @@ def read_bytes(path: Path, error: type[LlmlabError], limit: int = JSON_LIMIT) ->
     if len(data) > limit:  # it grew meanwhile, or has no size, as files in /proc
         raise error(f"{path}: more than the {limit} bytes that such a file may have")
     return data
+
+
+def refuse_links(files: Iterable[Path], error: type[LlmlabError]) -> None:
+    """One line of `error` where one of these files is a link: a stranger's, to any file that this user may read."""
+    for file in files:
+        if file.is_symlink():
+            raise error(f"{file}: a link, expected the file itself: put it in the folder")
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from llmlab.checkpoint import ASSETS
 from llmlab.config import ModelConfig
 from llmlab.errors import GraphError
-from llmlab.files import atomic_folder, read_bytes, read_json, write_json
+from llmlab.files import atomic_folder, read_bytes, read_json, refuse_links, write_json
 from llmlab.graph.reports.diff import GraphDiff, diff
 from llmlab.graph.reports.report import History, PassReport
 from llmlab.graph.reports.tables import NodeTable
@@ -138,11 +138,7 @@ class Graph:
         """
         folder = Path(path).expanduser()
         where = folder / MANIFEST
-        for file in (where, folder / MODEL, *(folder / name for name in ASSETS)):
-            if file.is_symlink():  # a stranger's, to any file that this user may read
-                raise GraphError(
-                    f"{file}: a link, expected the file itself, as Graph.save wrote it: put it in the folder"
-                )
+        refuse_links((where, folder / MODEL, *(folder / name for name in ASSETS)), GraphError)
         if not where.is_file():
             raise GraphError(
                 f"{folder}: no {MANIFEST} there; expected a folder that Graph.save or `llmlab export` wrote"

@@ -14,7 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from llmlab.checkpoint import ASSETS
 from llmlab.config import ModelConfig
 from llmlab.errors import GraphError, InputError, UnsupportedModelError
-from llmlab.files import read_bytes, read_json
+from llmlab.files import read_bytes, read_json, refuse_links
 from llmlab.graph.analysis.evaluate import CannotEvaluate, PositionFunction
 from llmlab.graph.graph import OPSET, Graph
 from llmlab.graph.sources.concrete_shapes import BATCH, SEQUENCE, infer
@@ -48,6 +48,7 @@ def open_onnx(
     Raises GraphError for a file that is damaged or contradicts itself, UnsupportedModelError for one of another kind.
     """
     model_config = _config(path, config).limited(max_seq_len)
+    refuse_links((path.parent / name for name in ASSETS), GraphError)
     assets = {n: read_bytes(path.parent / n, GraphError) for n in ASSETS if (path.parent / n).is_file()}
     model = parse_onnx(path)
     where = str(path)
@@ -70,6 +71,8 @@ def _config(path: Path, config: Mapping[str, Any] | ModelConfig | str | Path | N
     where = Path(config).expanduser() if config is not None else path.parent / "config.json"
     if config is None and not where.exists():
         raise InputError(f"{path}: no config.json beside it; pass config=, the model's Hugging Face config or its path")
+    if config is None:
+        refuse_links([where], GraphError)
     return ModelConfig.from_hf(read_json(where, GraphError), where=str(where))
 
 

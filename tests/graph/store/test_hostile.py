@@ -306,6 +306,21 @@ def test_external_data_in_a_folder_inside(tmp_path: Path) -> None:
     assert np.array_equal(found.values, np.ones((8, 8)))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_links_beside_the_file_are_not_followed(tmp_path: Path, name: str) -> None:
+    """They would bring whatever they point to into the engine."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = write(folder)
+    (folder / "config.json").write_text(CONFIG_TEXT)
+    (folder / "tokenizer.json").write_text("{}")
+    assert export(path).assets == {"tokenizer.json": b"{}"}
+    (folder / name).rename(tmp_path / "outside")
+    (folder / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(LlmlabError, match=f"{name}: a link, expected the file itself"):
+        export(path)
+
+
 # Arithmetic of the mask that asks for 4 GB and more, which there may well be. It is executed to find out what the mask is.
 BOMBS: dict[str, list[tuple[str, list[str], str, dict[str, Any]]]] = {
     "ConstantOfShape": [("ConstantOfShape", ["huge_shape"], "bomb", {})],
