@@ -88,7 +88,7 @@ def _make(console: Console) -> ll.Engine:
         start = now
 
     with console.status("exporting: torch traces the model …") as status:
-        plain = ll.export("tinychat")
+        plain = ll.export("tinychat", progress=False)
         done("export", f"the checkpoint → what torch writes, {len(plain.surgeon.nodes):,} nodes")
         status.update("optimizing: pass by pass …")
         graph = ll.optimize(plain)

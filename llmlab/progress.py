@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +20,24 @@ def byte_bar(total: int, what: str) -> Iterator[Callable[[int], object]]:
     bar, remove = make_bar(total, desc=what, unit="B", unit_scale=True)
     try:
         yield bar.update
+    finally:
+        remove()
+
+
+@contextmanager
+def stage_bar(what: str, stages: Sequence[str], wanted: bool) -> Iterator[Callable[[str], None]]:
+    """A bar over the stages of what takes long; yields a function that takes in which of them begins."""
+    if not wanted:
+        yield lambda stage: None
+        return
+    bar, remove = make_bar(len(stages), desc=what, bar_format="{desc} |{bar}| {n_fmt}/{total_fmt}")
+
+    def begins(stage: str) -> None:
+        bar.n = stages.index(stage)
+        bar.set_description_str(f"{what}: {stage}")
+
+    try:
+        yield begins
     finally:
         remove()
 

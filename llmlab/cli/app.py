@@ -72,7 +72,9 @@ def export(
     show.check_output(output, force=force)
     with show.working(f"exporting {source}"):
         with leaving_at_once():
-            graph = ll.export(source, config=config, trust_remote_code=trust_remote_code, max_seq_len=max_seq_len)
+            graph = ll.export(
+                source, config=config, trust_remote_code=trust_remote_code, max_seq_len=max_seq_len, progress=False
+            )
         graph.save(output, overwrite=force, copy_weights=copy_weights)
     show.graph(graph, output, as_json=as_json)
 
@@ -134,7 +136,9 @@ def build(
         if graph is None:
             now(f"exporting {source}")
             with leaving_at_once():
-                graph = ll.export(source, config=config, trust_remote_code=trust_remote_code, max_seq_len=max_seq_len)
+                graph = ll.export(
+                    source, config=config, trust_remote_code=trust_remote_code, max_seq_len=max_seq_len, progress=False
+                )
         if graph.kind == "plain":
             now("optimizing the graph")
             graph = ll.optimize(graph)

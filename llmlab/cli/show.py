@@ -85,7 +85,7 @@ def passes(source: str, *, config: Path | None, weights_from: Path | None, threa
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"opening {escape(source)}", total=None)
-        graph = open_graph(source, weights_from) or export(source, config=config)
+        graph = open_graph(source, weights_from) or export(source, config=config, progress=False)
         rows = []
         for row, total in measure(graph, threads=threads):
             rows.append(row)

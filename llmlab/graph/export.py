@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +15,11 @@ from llmlab.files import read_json
 from llmlab.graph.graph import MANIFEST, Graph
 from llmlab.graph.sources.from_onnx import ONNX_SUFFIX, open_onnx
 from llmlab.graph.sources.nemo.checkpoint import NemoCheckpoint, is_nemo
+from llmlab.graph.sources.position_tables import check_position_tables
 from llmlab.graph.sources.rope_config import freeze_rope, rope_limit
-from llmlab.graph.sources.trace import quiet, reason, trace
+from llmlab.graph.sources.trace import LOADING, STAGES, quiet, reason, trace
 from llmlab.graph.sources.weights import locate_weights
+from llmlab.progress import stage_bar
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
@@ -33,6 +35,7 @@ def export(
     tokenizer: str | Path | None = None,
     trust_remote_code: bool = False,
     max_seq_len: int | None = None,
+    progress: bool = True,
 ) -> Graph:
     """Export a model to a plain ONNX graph (opset 23, float32) with inputs `input_ids`, `position_ids` i64 [batch, sequence].
 
@@ -49,6 +52,7 @@ def export(
         with longrope (phi3) have two sets of frequencies, one for sequences up to `original_max_position_embeddings` and
         one for longer ones, and a cache of keys can't change between them: None, or anything up to that length, takes the
         short set and limits the graph to that length; more takes the long set for every position.
+    progress: a bar over what torch does, where someone can see it.
 
     Weights keep their checkpoint names (a NeMo archive's get those of the Hugging Face model that computes the same) and
     stay where they are: memory maps into the files, in the type they are stored in, with a Cast to float32 behind those
@@ -58,27 +62,50 @@ def export(
         if tokenizer is not None:
             raise InputError("tokenizer goes with a torch module; an ONNX file has its tokenizer.json beside it")
         return open_onnx(Path(source).expanduser(), config, max_seq_len=max_seq_len)
-    if not isinstance(source, (str, Path)):
-        torch = _require_torch()
-        if not isinstance(source, torch.nn.Module):
-            raise InputError(f"source is {source!r}; expected a torch module, or where a model lies: {_PLACES}")
-        model_config = _module_config(source, config).limited(max_seq_len)
-        assets = {} if tokenizer is None else _tokenizer_files(tokenizer)
-        return Graph(trace(source.eval(), {}, model_config.max_position_embeddings), model_config, assets)
-    if config is not None:
+    if isinstance(source, (str, Path)) and config is not None:
         raise InputError("config goes with a torch module or an ONNX file; a checkpoint brings its own config.json")
-    if tokenizer is not None:
+    if isinstance(source, (str, Path)) and tokenizer is not None:
         raise InputError("tokenizer goes with a torch module; a checkpoint brings its own tokenizer.json")
+    name = Path(source).name if isinstance(source, (str, Path)) else type(source).__name__
+    with stage_bar(f"exporting {name}", STAGES, progress) as begins:
+        if isinstance(source, (str, Path)):
+            return _export_checkpoint(source, trust_remote_code, max_seq_len, begins)
+        return _export_module(source, config, tokenizer, max_seq_len, begins)
+
+
+def _export_module(
+    source: torch.nn.Module,
+    config: Mapping[str, Any] | ModelConfig | str | Path | None,
+    tokenizer: str | Path | None,
+    max_seq_len: int | None,
+    begins: Callable[[str], None],
+) -> Graph:
+    begins(LOADING)
+    torch = _require_torch()
+    if not isinstance(source, torch.nn.Module):
+        raise InputError(f"source is {source!r}; expected a torch module, or where a model lies: {_PLACES}")
+    model_config = _module_config(source, config).limited(max_seq_len)
+    longest = model_config.max_position_embeddings
+    assets = {} if tokenizer is None else _tokenizer_files(tokenizer)
+    surgeon = trace(source.eval(), {}, longest, begins)
+    check_position_tables(surgeon, longest)
+    return Graph(surgeon, model_config, assets)
+
+
+def _export_checkpoint(
+    source: str | Path, trust_remote_code: bool, max_seq_len: int | None, begins: Callable[[str], None]
+) -> Graph:
     path = Path(source).expanduser()
     if (path / MANIFEST).is_file():
         raise InputError(f"{source} is a graph already: open it with llmlab.Graph.load")
     with closing(NemoCheckpoint(path) if is_nemo(path) else Checkpoint(resolve(source))) as checkpoint:
+        begins(LOADING)
         _require_torch()  # which takes seconds: what is wrong with the checkpoint was said before
         limited = checkpoint.config.limited(max_seq_len)
         limit = rope_limit(limited.raw, max_seq_len)
         if limit is not None and limit < limited.max_position_embeddings:
             limited = limited.limited(limit)
-        surgeon = _trace_checkpoint(checkpoint, trust_remote_code, limited.max_position_embeddings)
+        surgeon = _trace_checkpoint(checkpoint, trust_remote_code, limited.max_position_embeddings, begins)
         return Graph(surgeon, limited, checkpoint.assets)
 
 
@@ -107,13 +134,15 @@ def _module_config(module: torch.nn.Module, config: Mapping[str, Any] | ModelCon
     return ModelConfig.from_hf(config)
 
 
-def _trace_checkpoint(checkpoint: Checkpoint, trust_remote_code: bool, longest: int) -> gs.Graph:
+def _trace_checkpoint(
+    checkpoint: Checkpoint, trust_remote_code: bool, longest: int, begins: Callable[[str], None]
+) -> gs.Graph:
     """A checkpoint's graph, its attention as one call if the model and torch's exporter know it so, else in primitives."""
     _refuse_unreadable(checkpoint, trust_remote_code)
     for attention in ("sdpa", "eager"):
         try:
             model = _empty_model(checkpoint, trust_remote_code, attention, longest)
-            return trace(model, locate_weights(model, checkpoint), longest)
+            return trace(model, locate_weights(model, checkpoint), longest, begins)
         except UnsupportedModelError as problem:
             refusal = problem
     raise refusal

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 import llmlab as ll
 from llmlab.checkpoint import resolve
 from llmlab.errors import InputError
+from llmlab.graph.sources.trace import STAGES
 
 CONFIG = {
     "model_type": "toy",
@@ -24,23 +28,44 @@ CONFIG = {
 def toy() -> Any:
     import torch
 
+    tiny.parse_operators_once()
+
     class Toy(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embed = torch.nn.Embedding(16, 4)
+            self.positions = torch.nn.Embedding(32, 4)
 
         def forward(self, input_ids: Any, position_ids: Any) -> Any:
-            return (self.embed(input_ids) + position_ids[..., None]) @ self.embed.weight.T
+            return (self.embed(input_ids) + self.positions(position_ids)) @ self.embed.weight.T
 
     return Toy()
 
 
-def test_a_module_gets_the_tokenizer_it_is_given(tmp_path: Path) -> None:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_module_gets_the_tokenizer_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
     graph = ll.export(toy(), config=CONFIG, tokenizer="tinychat")
+    at = [screen.getvalue().index(f"exporting Toy: {stage}") for stage in STAGES]
+    assert at == sorted(at), "a terminal is told what takes so long"
     there = resolve("tinychat")
     assert graph.assets["tokenizer.json"] == (there / "tokenizer.json").read_bytes()
     assert {"chat_template.jinja", "generation_config.json"} < set(graph.assets)
     assert graph.config.model_type == "toy"
+
+
+def test_a_config_that_promises_longer_sequences_than_the_module_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same module as above, which has 32 positions; and nobody is told anything, as asked."""
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    with pytest.raises(InputError) as caught:
+        ll.export(toy(), config=CONFIG | {"max_position_embeddings": 64}, progress=False)
+    message = str(caught.value)
+    assert "positions/Gather looks positions up in a table of 32 rows" in message and "max_seq_len=32" in message
+    assert "\n" not in message and screen.getvalue() == ""
 
 
 @pytest.mark.parametrize("where", ["missing", "empty"])

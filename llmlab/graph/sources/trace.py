@@ -8,7 +8,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,9 +30,14 @@ _ROOT = "root."  # the wrapper's attribute; not part of any name that people see
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # torch's name for what no module made
 
 
-def trace(model: torch.nn.Module, weights: Mapping[str, StoredWeight], longest: int) -> gs.Graph:
+STAGES = (LOADING, TRACING, WRITING, READING) = ("loading torch", "tracing", "writing ONNX", "reading it")
+
+
+def trace(
+    model: torch.nn.Module, weights: Mapping[str, StoredWeight], longest: int, begins: Callable[[str], None]
+) -> gs.Graph:
     """Trace `model`, for sequences of less than `longest` tokens (where stored masks and biases end), and bring the trace
-    to the surgeon, with `weights` in the places of the model's own parameters."""
+    to the surgeon, with `weights` in the places of the model's own parameters. `begins` hears of each of the STAGES."""
     torch = require("torch", "export")
     wrapper = _wrap(model)
     ids = torch.zeros(2, 7, dtype=torch.long)
@@ -40,9 +45,11 @@ def trace(model: torch.nn.Module, weights: Mapping[str, StoredWeight], longest: 
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=max(longest - 1, ids.shape[1]))
     try:
         with quiet(), torch.no_grad(), _experts_as_operators(model), _one_head_for_all():
+            begins(TRACING)
             program = torch.export.export(
                 wrapper, (ids, positions), dynamic_shapes=({0: batch, 1: sequence},) * 2, strict=False
             )
+            begins(WRITING)
             exported = torch.onnx.export(
                 program,
                 (),
@@ -56,6 +63,7 @@ def trace(model: torch.nn.Module, weights: Mapping[str, StoredWeight], longest: 
             )
     except Exception as problem:  # torch.export has many
         raise UnsupportedModelError(f"{type(model).__name__}: torch can't export it: {reason(problem)}") from problem
+    begins(READING)
     return _import(exported.model, weights)
 
 
