@@ -156,6 +156,13 @@ def sampling_sources(vocab: int, dtype: str = "float32") -> list[KernelSource]:
     ]
 
 
+def feed_source() -> KernelSource:
+    """The kernel that makes sampled tokens the next step's inputs."""
+    launch = geometry.feed(1)
+    types = {"ids": "*i32", "previous": "*i32", "count": "i32"}
+    return KernelSource("llmlab.kernels.gpu.feed:feed_tokens", types, launch.constants, launch.options)
+
+
 def compile_kernels(
     sources: Iterable[KernelSource], architectures: Iterable[int], progress: Callable[[int, int], object] | None = None
 ) -> KernelSet:

@@ -145,6 +145,11 @@ def prefill_launches(kind: AttentionKind) -> list[Launch]:
     return launches if launches[0].constants != launches[1].constants else launches[:1]
 
 
+def feed(count: int) -> Launch:
+    """`feed_tokens` for `count` rows of input."""
+    return Launch({"BLOCK": 256}, {"num_warps": 2}, (-(-count // 256),))
+
+
 def locate(block_size: int, batch: int) -> Launch:
     """`locate_tokens`, once a step."""
     return Launch({"BLOCK_SIZE": block_size, "CHUNK": 128}, {"num_warps": 4}, (batch, 1))
