@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmlab.checkpoint import eos_ids, generation_config
 from llmlab.errors import InputError
@@ -10,7 +13,11 @@ from llmlab.files import atomic_folder
 from llmlab.graph.graph import Graph
 from llmlab.graph.store.storage import write_onnx
 from llmlab.runtime.engine import TARGETS, Engine
-from llmlab.runtime.manifest import MANIFEST, MODEL, WEIGHTS, KVLayout, Limits, Manifest, slot_capacity
+from llmlab.runtime.manifest import MANIFEST, MODEL, WEIGHTS, Compiled, KVLayout, Limits, Manifest, slot_capacity
+from llmlab.tensorrt.config import BuildConfig
+
+if TYPE_CHECKING:
+    from llmlab.kernels.binaries import KernelSet
 
 DEFAULT_MAX_SEQ_LEN = 8192  # tokens, where the model allows as many
 DEFAULT_MAX_TOKENS_PER_STEP = 256
@@ -23,43 +30,92 @@ def build(
     target: str = "onnxruntime",
     max_seq_len: int | None = None,
     max_tokens_per_step: int | None = None,
+    config: BuildConfig | None = None,
+    kernels: KernelSet | None = None,
     overwrite: bool = False,
 ) -> Engine:
     """Compile a serving graph for `target` and write it as the engine folder `path`, whole or not at all.
 
+    target: onnxruntime, tensorrt or tensorrt-rtx.
     max_seq_len: longest sequence in tokens, prompt and output together (default: what the model was made for, at
         most 8192). max_tokens_per_step: most new tokens that one step takes, which is how prompts are chunked
-        (default 256). overwrite: replace an engine that is there.
-    Raises InputError for a graph that isn't a serving graph, an unknown target, or sizes the model doesn't allow.
+        (default: 256, for TensorRT 2048). Both go before those of `config`.
+    config: for TensorRT, how to build. kernels: for TensorRT, attention and sampling kernels that were compiled
+        elsewhere, for a machine without triton; see `llmlab.build_tensorrt.compile_for`.
+    overwrite: replace an engine that is there.
+    Raises InputError for a graph that isn't a serving graph, an unknown target, or sizes the model doesn't allow;
+    for TensorRT also UnsupportedModelError that names a node, and EngineError where a part can't be built.
     """
     if not isinstance(graph, Graph) or graph.kind != "serving":
         raise InputError("expected a serving graph: pass what llmlab.optimize returned")
     check_target(target)
+    if target == "onnxruntime" and (config is not None or kernels is not None):
+        raise InputError("config and kernels are for TensorRT: pass target='tensorrt' or 'tensorrt-rtx'")
     longest = graph.config.max_position_embeddings
-    limits = Limits(
-        max_seq_len=_size("max_seq_len", max_seq_len, min(longest, DEFAULT_MAX_SEQ_LEN), longest),
-        max_tokens_per_step=_size("max_tokens_per_step", max_tokens_per_step, DEFAULT_MAX_TOKENS_PER_STEP, 1 << 16),
-    )
+    if max_seq_len is None and config is not None:
+        max_seq_len = config.max_seq_len
+    seq = _size("max_seq_len", max_seq_len, min(longest, DEFAULT_MAX_SEQ_LEN), longest)
+    default = DEFAULT_MAX_TOKENS_PER_STEP
+    if target != "onnxruntime":
+        config = config or BuildConfig()
+        default = config.max_tokens_per_step
+    step = _size("max_tokens_per_step", max_tokens_per_step, default, 1 << 16)
+    limits = Limits(seq, step)
+    if target == "onnxruntime":
+        return _write(graph, Path(path), target, limits, overwrite, *_onnxruntime(graph, limits))
+    assert config is not None
+    config = replace(config, max_tokens_per_step=step, max_batch=min(config.max_batch, step), max_seq_len=seq)
+    return _write(graph, Path(path), target, limits, overwrite, *_tensorrt(graph, target, limits, config, kernels))
+
+
+Parts = tuple[KVLayout, str, Compiled | None, Callable[[Path], None]]
+"""Layout of the KV cache, precision, what TensorRT engines say of their plans, and what writes the compiled parts."""
+
+
+def _onnxruntime(graph: Graph, limits: Limits) -> Parts:
     from llmlab.graph.lower.onnxruntime import kv_layers, lower
 
     capacity = slot_capacity(limits)
     lowered = lower(graph, capacity)
+    kv = KVLayout("slots", "float32", capacity, kv_layers(lowered))
+    return kv, "float32", None, lambda work: write_onnx(lowered.surgeon, work, MODEL, WEIGHTS)
+
+
+def _tensorrt(graph: Graph, target: str, limits: Limits, config: BuildConfig, kernels: KernelSet | None) -> Parts:
+    from llmlab.build_tensorrt import prepare, write
+
+    made = prepare(graph, target, config, limits.max_seq_len)
+    return made.kv, config.precision, made.compiled, lambda work: write(made, kernels, work, limits.max_seq_len)
+
+
+def _write(
+    graph: Graph,
+    path: Path,
+    target: str,
+    limits: Limits,
+    overwrite: bool,
+    kv: KVLayout,
+    precision: str,
+    compiled: Compiled | None,
+    write: Callable[[Path], None],
+) -> Engine:
     manifest = Manifest(
         target=target,
-        precision="float32",
+        precision=precision,
         model=graph.config.to_dict(),
-        kv=KVLayout("slots", "float32", capacity, kv_layers(lowered)),
+        kv=kv,
         limits=limits,
         eos_token_ids=eos_ids(graph.config, graph.assets),
         generation=generation_config(graph.assets),
         passes=tuple((r.name, r.rewrites) for r in graph.history),
+        compiled=compiled,
     )
-    with atomic_folder(Path(path), overwrite=overwrite, marker=MANIFEST) as work:
-        write_onnx(lowered.surgeon, work, MODEL, WEIGHTS)
+    with atomic_folder(path, overwrite=overwrite, marker=MANIFEST) as work:
+        write(work)
         for name, data in graph.assets.items():
             (work / name).write_bytes(data)
         manifest.write(work)
-    return Engine(Path(path), Manifest.read(Path(path)))
+    return Engine(path, Manifest.read(path))
 
 
 def check_target(target: str) -> None:

@@ -41,7 +41,7 @@ def test_sizes_that_are_asked_for(store: Store, tmp_path: Path, seq: int, step: 
         ({"max_seq_len": "64"}, "max_seq_len is '64', expected an integer from 1 to 64"),
         ({"max_tokens_per_step": -1}, "max_tokens_per_step is -1, expected an integer from 1 to 65536"),
         ({"max_tokens_per_step": 1.5}, "max_tokens_per_step is 1.5, expected an integer from 1 to 65536"),
-        ({"target": "cuda"}, "target is 'cuda'; available: onnxruntime"),
+        ({"target": "cuda"}, "target is 'cuda'; available: onnxruntime, tensorrt, tensorrt-rtx"),
     ],
 )
 def test_sizes_and_targets_that_are_none(store: Store, tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -90,6 +90,8 @@ class AsyncLLM:
         max_num_seqs: int | None = None,
         max_tokens_per_step: int | None = None,
         prefix_cache: bool = False,
+        kv_blocks: int | None = None,
+        kv_memory_fraction: float | None = None,
     ) -> None:
         self._backend, self._frontend = open_engine(
             engine,
@@ -97,6 +99,8 @@ class AsyncLLM:
             max_num_seqs=max_num_seqs,
             max_tokens_per_step=max_tokens_per_step,
             prefix_cache=prefix_cache,
+            kv_blocks=kv_blocks,
+            kv_memory_fraction=kv_memory_fraction,
         )
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()

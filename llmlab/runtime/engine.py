@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from llmlab.checkpoint import ASSETS
-from llmlab.errors import EngineError
+from llmlab.errors import EngineError, InputError
 from llmlab.files import plain_name, sha256
-from llmlab.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from llmlab.runtime.batch import Backend
-from llmlab.runtime.manifest import MANIFEST, MODEL, WEIGHTS, Manifest
+from llmlab.runtime.manifest import KERNELS, MANIFEST, MODEL, PROGRAM, TABLES, WEIGHTS, Manifest
 
-TARGETS = ("onnxruntime",)
-"""What this llmlab can run."""
+TARGETS: Mapping[str, tuple[str, ...]] = {
+    "onnxruntime": (MODEL, WEIGHTS),
+    "tensorrt": (PROGRAM, TABLES, KERNELS),
+    "tensorrt-rtx": (PROGRAM, TABLES, KERNELS),
+}
+"""What this llmlab can run, and the files that an engine for it must have."""
 
 
 class Engine:
@@ -34,7 +37,9 @@ class Engine:
         manifest = Manifest.read(folder)
         if manifest.target not in TARGETS:
             raise EngineError(f"{folder}: built for {manifest.target!r}, this llmlab runs {', '.join(TARGETS)}")
-        for name in (MODEL, WEIGHTS):
+        if (manifest.compiled is None) != (manifest.target == "onnxruntime"):
+            raise EngineError(f"{folder / MANIFEST}: doesn't say how it was compiled: altered, build the engine again")
+        for name in TARGETS[manifest.target]:
             if name not in manifest.files:
                 raise EngineError(f"{folder / MANIFEST}: lists no {name}: altered, build the engine again")
         for name, entry in manifest.files.items():
@@ -44,9 +49,36 @@ class Engine:
             raise EngineError(f"{folder / min(foreign)}: not listed in {MANIFEST}: added after the build, remove it")
         return cls(folder, manifest)
 
-    def backend(self, *, threads: int | None = None, max_num_seqs: int) -> Backend:
-        """What executes this engine's steps: `threads` CPU threads (default: physical cores), `max_num_seqs` slots."""
-        return OnnxRuntimeBackend(self.path, self.manifest, threads=threads, num_slots=max_num_seqs)
+    def backend(
+        self,
+        *,
+        max_num_seqs: int,
+        threads: int | None = None,
+        kv_blocks: int | None = None,
+        kv_memory_fraction: float | None = None,
+    ) -> Backend:
+        """What executes this engine's steps, for up to `max_num_seqs` sequences at a time.
+
+        threads: CPU threads of an onnxruntime engine (default: physical cores), which has a slot for each sequence.
+        kv_blocks, kv_memory_fraction: size of a TensorRT engine's KV pool, in blocks or as a share of the GPU memory that
+        is free beside the rest. See `llmlab.LLM`.
+        Raises InputError for an argument that this engine doesn't take, EngineError where it can't run here.
+        """
+        if self.manifest.target == "onnxruntime":
+            _refuse(self, "TensorRT", kv_blocks=kv_blocks, kv_memory_fraction=kv_memory_fraction)
+            from llmlab.runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+            return OnnxRuntimeBackend(self.path, self.manifest, threads=threads, num_slots=max_num_seqs)
+        _refuse(self, "onnxruntime", threads=threads)
+        from llmlab.runtime.backends.tensorrt.open import open_backend
+
+        return open_backend(
+            self.path,
+            self.manifest,
+            max_num_seqs=max_num_seqs,
+            kv_blocks=kv_blocks,
+            kv_memory_fraction=kv_memory_fraction,
+        )
 
     @property
     def size(self) -> int:
@@ -62,7 +94,7 @@ class Engine:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         m = self.manifest
-        facts = {
+        facts: dict[str, Any] = {
             "folder": self.path,
             "model": f"{m.config.model_type}, {m.config.num_layers} layers, vocabulary {m.config.vocab_size:,}",
             "target": f"{m.target}, {m.precision}",
@@ -70,11 +102,21 @@ class Engine:
             "limits": f"{m.limits.max_seq_len:,} tokens a sequence, {m.limits.max_tokens_per_step:,} new tokens a step",
             "KV cache": f"{m.kv.layout}, {m.kv.dtype}, {sum(2 * h * d for h, d in m.kv.layers):,} numbers a token",
         }
+        if (c := m.compiled) is not None:
+            gpus = ", ".join(f"{major}.{minor}" for major, minor in c.compute_capabilities)
+            facts["compiled"] = f"{c.library} for compute capability {gpus}, attention {c.hosting}"
+            facts["batch"] = f"up to {c.max_batch} sequences a step"
         rows = "".join(
             f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{html.escape(str(v))}</td></tr>"
             for k, v in facts.items()
         )
         return {"text/plain": repr(self), "text/html": f"<table>{rows}</table>"}
+
+
+def _refuse(engine: Engine, others: str, **given: float | None) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"{name} is for {others} engines, {engine.path} is built for {engine.manifest.target}")
 
 
 def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:

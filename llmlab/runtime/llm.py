@@ -53,7 +53,14 @@ class LoadedEngine(Protocol):
     @property
     def manifest(self) -> EngineManifest: ...
 
-    def backend(self, *, threads: int | None = None, max_num_seqs: int) -> Backend: ...
+    def backend(
+        self,
+        *,
+        max_num_seqs: int,
+        threads: int | None = None,
+        kv_blocks: int | None = None,
+        kv_memory_fraction: float | None = None,
+    ) -> Backend: ...
 
 
 class Stream(Iterator[Delta]):
@@ -84,6 +91,9 @@ class LLM:
     max_tokens_per_step: most tokens that a step works on, which bounds how long a prompt can hold up others; None
         takes the engine's limit
     prefix_cache: keep the keys and values of ended sequences and reuse them for prompts that begin alike
+    kv_blocks: of a TensorRT engine: blocks in the KV pool. None: as many as kv_memory_fraction says
+    kv_memory_fraction: of a TensorRT engine: share of the free GPU memory that the KV pool takes. None: 0.9 of it at
+        most, and no more than twice what max_num_seqs sequences of full length use
     batching: "inflight"; or "static", to compare with it: a batch is admitted when all of the last one has ended
 
     Threads may share an LLM: their requests are batched together. One thread at a time runs a step for all, the others
@@ -99,6 +109,8 @@ class LLM:
         max_num_seqs: int | None = None,
         max_tokens_per_step: int | None = None,
         prefix_cache: bool = False,
+        kv_blocks: int | None = None,
+        kv_memory_fraction: float | None = None,
         batching: Batching = "inflight",
     ) -> None:
         self._backend, self._frontend = open_engine(
@@ -107,6 +119,8 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_tokens_per_step=max_tokens_per_step,
             prefix_cache=prefix_cache,
+            kv_blocks=kv_blocks,
+            kv_memory_fraction=kv_memory_fraction,
             batching=batching,
         )
         self._turn = Turn()
@@ -238,6 +252,8 @@ def open_engine(
     max_num_seqs: int | None,
     max_tokens_per_step: int | None,
     prefix_cache: bool,
+    kv_blocks: int | None,
+    kv_memory_fraction: float | None,
     batching: Batching = "inflight",
 ) -> tuple[Backend, Frontend]:
     """An engine's backend with a core and a front-end over it."""
@@ -251,7 +267,9 @@ def open_engine(
         raise InputError(f"max_num_seqs is {max_num_seqs!r}, expected an integer of at least 1")
     tokenizer = Tokenizer(engine.path) if (engine.path / "tokenizer.json").is_file() else None
     eos_token_ids = tuple(engine.manifest.eos_token_ids)
-    backend = engine.backend(threads=threads, max_num_seqs=max_num_seqs)
+    backend = engine.backend(
+        threads=threads, max_num_seqs=max_num_seqs, kv_blocks=kv_blocks, kv_memory_fraction=kv_memory_fraction
+    )
     try:
         if max_tokens_per_step is None:
             max_tokens_per_step = backend.limits.max_tokens_per_step

@@ -14,7 +14,9 @@ from llmlab.errors import CheckpointError, EngineError
 from llmlab.files import read_json, sha256, write_json
 
 ENGINE_FORMAT = 1
-MANIFEST, MODEL, WEIGHTS = "manifest.json", "model.onnx", "weights.bin"
+MANIFEST = "manifest.json"
+MODEL, WEIGHTS = "model.onnx", "weights.bin"  # onnxruntime
+PROGRAM, TABLES, KERNELS = "program.json", "tables.safetensors", "kernels.json"  # TensorRT, beside *.plan and *.cubin
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,30 @@ def slot_capacity(limits: Limits) -> int:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """How the KV cache lies: `slots` (one block a sequence), element type, and (kv_heads, channels of a head) of each layer."""
+    """How the KV cache lies: `slots` (one block a sequence) or `paged`, element type, and (kv_heads, channels of a head) of
+    each layer."""
 
     layout: str
     dtype: str
     capacity: int
-    """Tokens a slot has room for: the longest sequence and the padding of one step behind it."""
+    """Tokens a block has room for. A slot holds the longest sequence and the padding of one step behind it."""
     layers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the plans of a TensorRT engine fit."""
+
+    library: str
+    """The TensorRT that compiled them, such as "TensorRT 8.6.1": no other version reads them."""
+    hosting: str
+    """How attention runs: `plugin`, `piecewise` or `native`."""
+    compute_capabilities: tuple[tuple[int, int], ...]
+    """GPUs that they were built for."""
+    max_batch: int
+    """Sequences in a step, at most."""
+    decode_buckets: tuple[int, ...] = ()
+    """Batch sizes whose decode steps have kernels of their own."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,8 @@ class Manifest:
     """Passes that made the graph, in order, with the number of rewrites of each."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Size in bytes and sha256 of every other file."""
+    compiled: Compiled | None = None
+    """None for onnxruntime."""
 
     @property
     def max_seq_len(self) -> int:
@@ -111,6 +132,7 @@ class Manifest:
                 files={
                     str(n): {"size": _count(f["size"], 0), "sha256": str(f["sha256"])} for n, f in data["files"].items()
                 },
+                compiled=_compiled(data.get("compiled")),
             )
             _ = manifest.config
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CheckpointError) as problem:
@@ -118,6 +140,18 @@ class Manifest:
                 f"{path}: a field is missing or malformed ({problem}): altered, build the engine again"
             ) from problem
         return manifest
+
+
+def _compiled(data: Mapping[str, Any] | None) -> Compiled | None:
+    if data is None:  # an engine for onnxruntime, or one from before there were others
+        return None
+    return Compiled(
+        library=str(data["library"]),
+        hosting=str(data["hosting"]),
+        compute_capabilities=tuple((_count(a), _count(b, 0)) for a, b in data["compute_capabilities"]),
+        max_batch=_count(data["max_batch"]),
+        decode_buckets=tuple(_count(b) for b in data["decode_buckets"]),
+    )
 
 
 def digest(body: Mapping[str, Any]) -> str:

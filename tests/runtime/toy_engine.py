@@ -64,7 +64,7 @@ class ToyEngine:
     """The backend handed out last."""
     threads: int | None = None
 
-    def backend(self, *, threads: int | None = None, max_num_seqs: int) -> ToyBackend:
+    def backend(self, *, max_num_seqs: int, threads: int | None = None, **pool: float | None) -> ToyBackend:
         self.threads = threads
         sizes = {"vocab_size": vocab_size(), "max_seq_len": self.manifest.max_seq_len, "num_blocks": 256}
         sizes["max_tokens_per_step"] = self.manifest.limits.max_tokens_per_step

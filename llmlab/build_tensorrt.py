@@ -1,0 +1,209 @@
+"""The serving graph → an engine folder for TensorRT: parts compiled one at a time, kernels, and the program that runs them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmlab.errors import EngineError, InputError, require
+from llmlab.files import write_json
+from llmlab.graph.convert import convert
+from llmlab.graph.graph import Graph
+from llmlab.graph.lower.tensorrt import lower
+from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered
+from llmlab.graph.store.storage import write_onnx
+from llmlab.kernels.binaries import KernelSet
+from llmlab.kernels.compile import attention_sources, compile_kernels, feed_source, sampling_sources
+from llmlab.kernels.gpu.geometry import AttentionVariant
+from llmlab.progress import make_bar
+from llmlab.runtime import program as run
+from llmlab.runtime.backends.tensorrt.attention import variant_of
+from llmlab.runtime.manifest import PROGRAM, TABLES, Compiled, KVLayout
+from llmlab.tensorrt.attention_node import AttentionNode
+from llmlab.tensorrt.builder import PlanBuilder
+from llmlab.tensorrt.config import BuildConfig
+from llmlab.tensorrt.gpu import visible_gpu
+from llmlab.tensorrt.library import Library, resolve
+from llmlab.tensorrt.precision import WeakTyping
+
+LAYERS = "layers.json"
+"""How long each part took to build, and its layers where TensorRT lists them."""
+_MOST_ELEMENTS = (1 << 31) - 1  # of a tensor that TensorRT addresses
+
+
+@dataclass(frozen=True)
+class Build:
+    """What is to be written: everything that is decided before anything is compiled."""
+
+    library: Library
+    hosting: str
+    config: BuildConfig
+    lowered: Lowered
+    program: run.Program
+    kv: KVLayout
+    variants: tuple[AttentionVariant, ...]
+    capabilities: tuple[tuple[int, int], ...]
+
+    @property
+    def compiled(self) -> Compiled:
+        config = self.config
+        return Compiled(
+            str(self.library), self.hosting, self.capabilities, config.max_batch, tuple(config.decode_buckets)
+        )
+
+
+def prepare(graph: Graph, target: str, config: BuildConfig, max_seq_len: int) -> Build:
+    """Lower a serving graph. Raises InputError for what this TensorRT can't do, UnsupportedModelError that names a node."""
+    library = resolve("tensorrt-rtx" if target == "tensorrt-rtx" else "tensorrt")
+    hosting = library.hosting(config.attention)
+    dtype = _dtype(graph)
+    weak = None
+    if not library.strongly_typed:
+        weak = None if config.precision == "float32" else config.precision
+    elif dtype == "float32" and config.precision != "float32":
+        graph, dtype = convert(graph, config.precision), config.precision
+    if weak is None and dtype != config.precision:
+        raise InputError(f"the graph is in {dtype} and precision is {config.precision!r}: pass precision={dtype!r}")
+    block_size = config.block_size if hosting == "plugin" else None
+    lowered = lower(graph, hosting=hosting, dialect=library.opset, weak_type=weak, block_size=block_size)
+    kv = KVLayout("paged", config.precision, config.block_size, _kv_layers(graph))
+    program = to_program(lowered)
+    gpu = visible_gpu()
+    here = () if gpu is None else (gpu.compute_capability,)
+    capabilities = library.check_capabilities(config.compute_capabilities) or here
+    variants = tuple(dict.fromkeys(_variants(lowered, program, kv)))
+    _check_tables(lowered, max_seq_len)
+    return Build(library, hosting, config, lowered, program, kv, variants, capabilities)
+
+
+def write(build: Build, kernels: KernelSet | None, work: Path, max_seq_len: int) -> None:
+    """Compile and write all files but the manifest and the graph's assets. Ctrl-C stops in the middle."""
+    if kernels is None:
+        kernels = compile_for(build)
+    kernels.write(work)
+    write_json(work / PROGRAM, build.program.to_dict())
+    save_file = require("safetensors.numpy", "tensorrt").save_file
+    save_file(dict(build.lowered.tables), work / TABLES)
+    parts = [part for part in build.lowered.parts if isinstance(part, Dense)]
+    plans = [step.plan for step in build.program.steps if isinstance(step, run.RunPlan)]
+    records, listed = [], set()
+    with PlanBuilder(build.library, build.config, total=len(parts)) as builder:
+        for part, plan in zip(parts, plans, strict=True):
+            made = _compile(builder, build, part, max_seq_len, work)
+            (work / plan).write_bytes(made.data)
+            listing = "" if part.key in listed else made.listing
+            listed.add(part.key)
+            seconds = round(made.seconds, 3)
+            records.append({"plan": plan, "name": part.name, "key": part.key, "seconds": seconds, "listing": listing})
+    write_json(work / LAYERS, records)
+
+
+def compile_for(build: Build) -> KernelSet:
+    """The kernels that an engine launches, for all GPUs that it is built for."""
+    architectures = [10 * major + minor for major, minor in build.capabilities]
+    vocab = build.program.tensors["logits"].width
+    sources = [source for variant in build.variants for source in attention_sources(variant)]
+    bar, close = make_bar(0, unit="kernel")
+
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    try:
+        return compile_kernels([*sources, *sampling_sources(vocab), feed_source()], architectures, progress)
+    finally:
+        close()
+
+
+def to_program(lowered: Lowered) -> run.Program:
+    """What the runtime reads: the parts with the names of their plans."""
+    tensors = {name: run.TensorSpec(t.dtype, t.width, t.rows) for name, t in lowered.tensors.items()}
+    steps: list[run.RunPlan | run.Attend] = []
+    for number, part in enumerate(lowered.parts):
+        if isinstance(part, Dense):
+            inputs, outputs = ({name: name for name in names} for names in (part.inputs, part.outputs))
+            steps.append(run.RunPlan(f"part{number:03d}.plan", inputs, outputs, part.name))
+        else:
+            steps.append(_attend(part))
+    return run.Program(tensors, tuple(steps))
+
+
+def _attend(part: Attend) -> run.Attend:
+    views = {name: run.View(**asdict(getattr(part, name))) for name in ("q", "k", "v")}
+    return run.Attend(**{**vars(part), **views})
+
+
+def _compile(builder: PlanBuilder, build: Build, part: Dense, max_seq_len: int, work: Path) -> Any:
+    """One part, through an ONNX file that is gone afterwards."""
+    names = {*part.inputs, *part.outputs} & set(build.lowered.tensors)
+    weak = WeakTyping({name: build.lowered.tensors[name].dtype for name in sorted(names)}, part.keep_fp32)
+    most_blocks = -(-max_seq_len // build.kv.capacity)
+    sizes = {"W": (1, most_blocks, most_blocks), "blocks": _pool_range(build, most_blocks)}
+    shapes = {name: _shape(build, name) for name in part.inputs}
+    with tempfile.TemporaryDirectory(prefix=f"{work.name}.onnx.", dir=work.parent) as folder:
+        write_onnx(part.graph.surgeon, Path(folder), "part.onnx", "part.bin")
+        return builder.build(
+            Path(folder) / "part.onnx",
+            builder.config.profiles(shapes, sizes),
+            name=part.name,
+            key=part.key,
+            weak=None if build.library.strongly_typed else weak,
+            plugin=build.hosting == "plugin",
+        )
+
+
+def _shape(build: Build, name: str) -> Sequence[int | str]:
+    """The sizes of an input of a part, those of a step by name."""
+    if name in build.lowered.tensors:
+        tensor = build.lowered.tensors[name]
+        return (tensor.rows, tensor.width) if tensor.width else (tensor.rows,)
+    if name.startswith("kv_cache."):
+        heads, dim = build.kv.layers[int(name.removeprefix("kv_cache."))]
+        return (2, "blocks", heads, build.kv.capacity, dim)
+    known: Mapping[str, Sequence[int | str]] = {
+        "query_start": ("B1",),
+        "kv_len": ("B",),
+        "block_table": ("B", "W"),
+        "logits_index": ("N",),
+    }
+    return known.get(name, ("T",))
+
+
+def _pool_range(build: Build, most_blocks: int) -> tuple[int, int, int]:
+    largest = max(2 * heads * dim * build.kv.capacity for heads, dim in build.kv.layers)
+    most = _MOST_ELEMENTS // largest
+    return (1, min(most, build.config.max_batch * most_blocks), most)
+
+
+def _variants(lowered: Lowered, program: run.Program, kv: KVLayout) -> Iterable[AttentionVariant]:
+    for step in program.steps:
+        if isinstance(step, run.Attend):
+            yield variant_of(step, program, kv, lowered.tables)
+    for part in lowered.parts:
+        for node in part.graph.surgeon.nodes if isinstance(part, Dense) else ():
+            if node.op == "PagedAttention":
+                found = AttentionNode.from_attributes(node.attrs)
+                yield AttentionVariant(found.kind, kv.dtype, kv.dtype, found.rotary, bool(found.interleaved))
+
+
+def _check_tables(lowered: Lowered, max_seq_len: int) -> None:
+    for part in lowered.parts:
+        if isinstance(part, Attend) and "cos" in part.tables:
+            rows = len(lowered.tables[part.tables["cos"]])
+            if rows < max_seq_len:
+                raise EngineError(f"{part.name}: its RoPE tables have {rows} positions, max_seq_len is {max_seq_len}")
+
+
+def _dtype(graph: Graph) -> str:
+    return next(np.dtype(t.dtype).name for t in graph.surgeon.inputs if t.name.startswith("kv_cache."))
+
+
+def _kv_layers(graph: Graph) -> tuple[tuple[int, int], ...]:
+    """KV heads and channels of a head, in the order of the layers."""
+    pools = {int(t.name.rpartition(".")[2]): t.shape for t in graph.surgeon.inputs if t.name.startswith("kv_cache.")}
+    return tuple((int(pools[i][2]), int(pools[i][4])) for i in range(len(pools)))

@@ -1,0 +1,59 @@
+"""Whether a program can be believed: everything that it reads or writes is where it says, and as large."""
+
+from __future__ import annotations
+
+from llmlab.files import plain_name
+from llmlab.runtime.backends.tensorrt.bindings import POOL, UPDATED
+from llmlab.runtime.backends.tensorrt.memory import ITEM_BYTES, lifetimes
+from llmlab.runtime.manifest import Manifest
+from llmlab.runtime.program import Attend, Program, RunPlan, TensorSpec, View
+
+_STEP = ("input_ids", "position_ids", "query_start", "kv_len", "block_table", "logits_index", "slots")
+_MOST = 1 << 24  # columns
+
+
+def check_program(program: Program, manifest: Manifest) -> None:
+    """Raises ValueError or EngineError, in one line, for the first thing that is wrong."""
+    for name, spec in program.tensors.items():
+        whole = type(spec.width) is int and 0 <= spec.width <= _MOST
+        if not whole or spec.dtype not in ITEM_BYTES or spec.rows not in ("T", "N"):
+            raise ValueError(f"{name} is {spec}, which is no tensor")
+    if program.tensors.get("logits", TensorSpec("", 0)).dtype != "float32":
+        raise ValueError("logits are not float32")
+    pools = {f"{POOL}{i}" for i in range(len(manifest.kv.layers))}
+    known = {*program.tensors, *_STEP, *pools, *(f"{pool}{UPDATED}" for pool in pools)}
+    for step in program.steps:
+        if isinstance(step, Attend):
+            _check_attend(step, program, manifest)
+            continue
+        _check_plan(step, manifest)
+        for name in (*step.inputs.values(), *step.outputs.values()):
+            if name not in known:
+                raise ValueError(f"{step.name or step.plan} binds {name}, which is not there")
+    lifetimes(program)
+
+
+def _check_plan(step: RunPlan, manifest: Manifest) -> None:
+    if not plain_name(step.plan) or step.plan not in manifest.files:
+        raise ValueError(f"{step.plan!r} is no file of the engine")
+
+
+def _check_attend(step: Attend, program: Program, manifest: Manifest) -> None:
+    sizes = (step.num_heads, step.kv_heads, step.head_dim)
+    if not all(type(n) is int and n >= 1 for n in sizes) or step.num_heads % step.kv_heads:
+        raise ValueError(f"{step.name} has heads {sizes}")
+    if type(step.layer) is not int or not 0 <= step.layer < len(manifest.kv.layers):
+        raise ValueError(f"{step.name} uses KV pool {step.layer!r} of {len(manifest.kv.layers)}")
+    if manifest.kv.layers[step.layer] != (step.kv_heads, step.head_dim):
+        raise ValueError(f"{step.name} has other heads than KV pool {step.layer}")
+    out = program.tensors.get(step.out)
+    if out is None or out.width != step.num_heads * step.head_dim or out.rows != "T":
+        raise ValueError(f"{step.name} writes {step.out}, which hasn't {step.num_heads} heads of {step.head_dim}")
+    for view, heads in ((step.q, step.num_heads), (step.k, step.kv_heads), (step.v, step.kv_heads)):
+        _check_view(step, view, heads * step.head_dim, program.tensors.get(view.tensor), out)
+
+
+def _check_view(step: Attend, view: View, width: int, spec: TensorSpec | None, out: TensorSpec) -> None:
+    inside = spec is not None and type(view.offset) is int and 0 <= view.offset <= spec.width - width
+    if spec is None or not inside or spec.rows != "T" or spec.dtype != out.dtype:
+        raise ValueError(f"{step.name} reads {width} columns of {view}, which are not there in {out.dtype}")

@@ -1,0 +1,129 @@
+"""Compiled parts: an engine each, a context for each of its optimization profiles, one block of scratch memory for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from llmlab.cuda import DeviceBuffer, Stream
+from llmlab.errors import EngineError
+from llmlab.runtime.backends.tensorrt.bindings import Bindings
+from llmlab.runtime.backends.tensorrt.buckets import StepShape
+from llmlab.runtime.program import RunPlan
+from llmlab.tensorrt.library import Library
+
+_DTYPES = {
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "FLOAT": "float32",
+    "INT32": "int32",
+    "INT64": "int64",
+    "INT8": "int8",
+    "FP8": "float8_e4m3fn",
+}
+
+Range = tuple[Sequence[int], Sequence[int]]
+
+
+class Part:
+    """One compiled part. Its tensors stay where they are, so only shapes are told anew, and only when they change."""
+
+    def __init__(
+        self, library: Library, engine: Any, step: RunPlan, reporting: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """reporting: what raises at its end an error that happened inside a plugin.
+
+        Raises EngineError where the engine's inputs and outputs are not those of the program.
+        """
+        self.step = step
+        self._reporting = reporting
+        self._library = library
+        self._engine = engine
+        self._names = {**step.inputs, **step.outputs}
+        found = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+        if found != set(self._names):
+            odd = ", ".join(sorted(found ^ set(self._names)))
+            raise EngineError(
+                f"{step.plan}: its inputs and outputs are not the program's ({odd}): build the engine again"
+            )
+        self._profiles = [
+            {name: self._range(name, p) for name in step.inputs} for p in range(engine.num_optimization_profiles)
+        ]
+        self._contexts: dict[int, _Context] = {}
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory that the largest of its profiles needs while it runs."""
+        return max(self._library.memory(self._engine, p) for p in range(len(self._profiles)))
+
+    def bind(self, bindings: Bindings, scratch: DeviceBuffer, stream: Stream) -> None:
+        """Make a context for every profile. Raises EngineError where types differ from the program's."""
+        for name, tensor in self._names.items():
+            dtype = _DTYPES.get(self._engine.get_tensor_dtype(name).name)
+            if dtype != bindings.dtype(tensor):
+                raise EngineError(
+                    f"{self.step.plan}: {name} is {dtype}, the program says {bindings.dtype(tensor)}: build the engine again"
+                )
+        addresses = {name: bindings.address(tensor) for name, tensor in self._names.items()}
+        for number in range(len(self._profiles)):
+            context = self._library.context(self._engine)
+            if not context.set_optimization_profile_async(number, int(stream)):
+                raise EngineError(f"{self.step.plan}: profile {number} can't be chosen: {self._library.heard.text}")
+            self._library.set_memory(context, scratch.pointer, scratch.nbytes)
+            for name, address in addresses.items():
+                if not context.set_tensor_address(name, address):
+                    raise EngineError(f"{self.step.plan}: {name} can't be bound: {self._library.heard.text}")
+            self._contexts[number] = _Context(context, bindings, self.step.inputs)
+
+    def enqueue(self, shape: StepShape, bindings: Bindings, stream: Stream) -> None:
+        """Run on inputs of a step's shape, in the stream's order. Raises EngineError where TensorRT refuses."""
+        context = self._contexts[self._profile(shape, bindings)]
+        self._library.heard.clear()
+        with self._reporting():
+            done = context.take(shape) and context.run(int(stream))
+        if not done:
+            raise EngineError(
+                f"{self.step.name or self.step.plan} failed in a step of {shape.tokens} tokens: "
+                f"{self._library.heard.text or 'TensorRT gave no reason'}"
+            )
+
+    def _profile(self, shape: StepShape, bindings: Bindings) -> int:
+        """The first profile that has room for the shape: those of a single size come first."""
+        wanted = {name: bindings.shape(tensor, shape) for name, tensor in self.step.inputs.items()}
+        for number, ranges in enumerate(self._profiles):
+            if all(_within(size, ranges[name]) for name, size in wanted.items()):
+                return number
+        raise EngineError(f"{self.step.plan}: no profile for {wanted}, only {self._profiles}")
+
+    def _range(self, name: str, profile: int) -> Range:
+        low, _, high = self._engine.get_tensor_profile_shape(name, profile)
+        return tuple(low), tuple(high)
+
+
+class _Context:
+    """An execution context and the shape that it was told last."""
+
+    def __init__(self, context: Any, bindings: Bindings, inputs: Mapping[str, str]) -> None:
+        self._context = context
+        self._bindings = bindings
+        self._inputs = inputs
+        self._shape: StepShape | None = None
+
+    def take(self, shape: StepShape) -> bool:
+        if shape == self._shape:
+            return True
+        self._shape = None
+        for name, tensor in self._inputs.items():
+            if not self._context.set_input_shape(name, self._bindings.shape(tensor, shape)):
+                return False
+        self._shape = shape
+        return True
+
+    def run(self, stream: int) -> bool:
+        return bool(self._context.execute_async_v3(stream))
+
+
+def _within(size: Sequence[int], bounds: Range) -> bool:
+    low, high = bounds
+    return len(size) == len(low) and all(a <= n <= b for a, n, b in zip(low, size, high, strict=True))
