@@ -21,7 +21,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 
 
 class Store:
-    """Checkpoints, graphs and engines of the models in `tiny.MODELS`, by name, made when first asked for."""
+    """Checkpoints, graphs and engines of tinychat and the models in `tiny.MODELS`, by name, made when first asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,6 +38,10 @@ class Store:
         return path
 
     def checkpoint(self, name: str) -> Path:
+        if name == "tinychat":
+            from llmlab import zoo
+
+            return zoo.path(name)
         return self.once(f"{name}.checkpoint", lambda path: tiny.write_checkpoint(path, tiny.MODELS[name]))
 
     def plain(self, name: str) -> Any:
