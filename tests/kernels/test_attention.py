@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -160,3 +162,13 @@ def test_scratch_holds_every_split_that_is_chosen() -> None:
         splits = geometry.decode_splits(kind, batch, 1 << 20, 132)
         assert splits == 1 or batch * splits * 32 * 4 <= need.partial_lse
     assert scratch_bytes(kind, 1, 64, 1).partial == 0, "a card so small never splits"
+
+
+def test_nothing_that_runs_an_engine_needs_torch_triton_or_onnx() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'triton', 'onnx', 'onnxruntime')))\n"
+        "import llmlab.cuda, llmlab.kernels.attention, llmlab.kernels.binaries"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
