@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,10 +66,18 @@ class Sampler:
         return Sample(token, token_logprobs(logits, token, params.logprobs))
 
 
+_PHILOX = np.random.Philox(key=np.zeros(2, np.uint64))
+_START = _PHILOX.state
+_ONE_AT_A_TIME = threading.Lock()
+
+
 def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1) that decides output token `position` of a sequence."""
-    bits = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw()
-    return (bits >> 11) * 2.0**-53
+    """The number in [0, 1) that decides output token `position` of a sequence. float32 holds it exactly."""
+    with _ONE_AT_A_TIME:  # a new generator would ask the system for entropy first, which takes twenty times as long
+        _START["state"]["key"][:] = seed, position
+        _PHILOX.state = _START
+        bits = _PHILOX.random_raw()
+    return (bits >> 40) * 2.0**-24
 
 
 def adjusted(logits: NDArray[np.float32], sequence: SequenceState) -> NDArray[np.float32]:

@@ -120,6 +120,12 @@ def test_choice_does_not_depend_on_neighbours(params, data_seed):
     assert Sampler().sample(logits[::-1], [me, *others])[0].token_id == alone
 
 
+def test_numbers_are_those_of_philox_and_fit_float32():
+    for seed, position in [(0, 0), (5, 7), (7, 5), (2**63 - 1 + 3, 10**6)]:
+        fresh = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw()
+        assert uniform(seed, position) == np.float32(uniform(seed, position)) == (fresh >> 40) * 2.0**-24
+
+
 def test_seeds_and_positions_give_different_numbers():
     numbers = [uniform(seed, position) for seed in range(40) for position in range(40)]
     assert len(set(numbers)) == 1600
