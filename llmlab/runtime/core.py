@@ -1,21 +1,19 @@
-"""The engine's inner loop: requests in, tokens out, one step at a time."""
+"""The engine's inner loop: requests in, tokens out, step by step."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from llmlab.errors import EngineError, InputError, LlmlabError
-from llmlab.runtime.batch import Backend, StepBatch
+from llmlab.errors import EngineError, InputError
+from llmlab.runtime.batch import Backend
 from llmlab.runtime.blocks import BlockManager, IntegrityError
-from llmlab.runtime.packing import pack
+from llmlab.runtime.inflight import Flight, Pipeline
 from llmlab.runtime.params import checked_integer
 from llmlab.runtime.request import FinishReason, Request, Sequence, checked_prompt, expand
-from llmlab.runtime.sampler import Sampler, TokenLogprobs
-from llmlab.runtime.scheduler import Batching, Schedule, Scheduler
+from llmlab.runtime.sampler import Sample, TokenLogprobs
+from llmlab.runtime.scheduler import Batching, Scheduler
 from llmlab.runtime.stats import CoreStats, StepStats
 
 NOT_FINITE = "the model returned logits without a finite largest value; its weights or their precision are at fault"
@@ -71,7 +69,7 @@ class EngineCore:
         self._scheduler = Scheduler(
             self._blocks, max_num_seqs=max_num_seqs, max_tokens_per_step=max_tokens_per_step, batching=batching
         )
-        self._sampler = Sampler()
+        self._pipeline = Pipeline(backend)
         self._live: dict[str, list[Sequence]] = {}
         self._cancelled: list[SequenceUpdate] = []
         self._num_sequences = 0
@@ -79,7 +77,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether step() has something to compute or to tell."""
-        return bool(self._live or self._cancelled)
+        return bool(self._live or self._cancelled or self._pipeline.flights)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises InputError, and changes nothing, when it can't be served."""
@@ -109,31 +107,28 @@ class EngineCore:
         self._release()
 
     def step(self) -> list[SequenceUpdate]:
-        """Schedule, execute, sample, finish. One update for every sequence that got a token or ended.
+        """Hand steps to the backend as far as they are known, and take in what the oldest one brought.
 
-        A backend's error ends the sequences of its step, as updates. Only an interruption (Ctrl-C) comes out of here;
-        the sequences of the interrupted step are then computed again.
+        One update for every sequence that got a token or ended. A backend's error ends the sequences of its step, as
+        updates. Only an interruption (Ctrl-C) comes out of here; what was being executed or handed over is then
+        computed again, and what was being waited for isn't lost.
         """
         started = time.perf_counter()
-        updates, self._cancelled = self._cancelled, []
-        plan = self._scheduler.schedule()
-        stats = self._count(plan)
-        self._release()
-        if plan.work:
-            batch, ready = pack(plan)
-            try:
-                logits = self._execute(batch, stats)
-                self._advance(plan)
-                updates += self._sample(logits, ready)
-            except EngineError as error:
-                updates += self._fail(plan, str(error))
-            except BaseException:  # Ctrl-C: how much was done is unknown, so the step's sequences start over
-                self._roll_back(plan, updates)
-                raise
+        stats, updates = StepStats(), []
+        while self._pipeline.has_room:
+            plan = self._scheduler.schedule(ahead=bool(self._pipeline.flights))
             self._release()
+            if not plan.work:
+                break
+            self._pipeline.launch(plan)
+        if self._pipeline.flights:
+            flight, samples = self._pipeline.land()
+            stats, updates = flight.stats, self._take_in(flight, samples)
+            self._release()
+        told, self._cancelled = self._cancelled, []
         stats.step_s = time.perf_counter() - started
         self.stats.note(stats)
-        return updates
+        return told + updates
 
     def waiting_requests(self) -> set[str]:
         """Ids of requests whose first sequence holds no place in the next step: not started yet, or preempted."""
@@ -146,74 +141,80 @@ class EngineCore:
         live = [s for sequences in self._live.values() for s in sequences if not s.finished]
         if {id(s) for s in queued} != {id(s) for s in live} or len(queued) != len(live):
             raise IntegrityError(f"{len(live)} sequences are unfinished and {len(queued)} are scheduled")
+        in_flight = Counter(sequence for flight in self._pipeline.flights for sequence, _ in flight.work)
+        known = {sequence: sequence.in_flight for sequence in [*queued, *self._scheduler.leaving] if sequence.in_flight}
+        if in_flight != known:
+            raise IntegrityError(f"{len(in_flight)} sequences are in flight and {len(known)} know it")
 
-    def _execute(self, batch: StepBatch, stats: StepStats) -> NDArray[np.float32]:
-        """Logits of the step, [len(logits_index), vocab]. Whatever the backend raises becomes an EngineError."""
-        started = time.perf_counter()
-        try:
-            logits = self.backend.execute(batch)
-        except LlmlabError as error:
-            raise EngineError(str(error)) from error
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise EngineError(f"the backend failed in a step of {len(batch.kv_len)} sequences: {reason}") from error
-        finally:
-            stats.execute_s = time.perf_counter() - started
-        expected = (len(batch.logits_index), self._limits.vocab_size)
-        if logits.shape != expected:
-            raise EngineError(f"the backend returned logits of shape {logits.shape}, expected {expected}")
-        return logits
-
-    def _advance(self, plan: Schedule) -> None:
-        for sequence, count in plan.work:
-            start = sequence.num_computed
-            sequence.num_computed = start + count
-            if self._scheduler.shares_blocks(sequence):
-                self._blocks.record(sequence.blocks, sequence.tokens[: start + count], start)
-
-    def _sample(self, logits: NDArray[np.float32], ready: list[Sequence]) -> list[SequenceUpdate]:
-        if not ready:
+    def _take_in(self, flight: Flight, samples: list[Sample] | EngineError) -> list[SequenceUpdate]:
+        """Do to the sequences what a step did that is over."""
+        works = not flight.void and not isinstance(samples, EngineError)
+        for sequence, count in flight.work:
+            flight.stats.dropped_tokens += count * sequence.finished
+            self._scheduler.settle(sequence, trusted=works)
+        if flight.void:
+            self._start_over(flight)
             return []
+        if isinstance(samples, EngineError):
+            return self._fail(flight, str(samples))
+        self._advance(flight)
+        return self._append(flight, samples)
+
+    def _advance(self, flight: Flight) -> None:
+        for (sequence, count), end in zip(flight.work, flight.ends, strict=True):
+            if not sequence.finished:
+                sequence.num_stored = end
+                if self._scheduler.shares_blocks(sequence):
+                    self._blocks.record(sequence.blocks, sequence.tokens[:end], end - count)
+
+    def _append(self, flight: Flight, samples: list[Sample]) -> list[SequenceUpdate]:
         updates = []
-        for sequence, sample in zip(ready, self._sampler.sample(logits, ready), strict=True):
+        for row, sample in zip(flight.ready, samples, strict=True):
+            sequence, end = flight.work[row].sequence, flight.ends[row]
+            if sequence.finished:
+                continue
             token_ids: list[int] = []
             reason: FinishReason | None = "error"
             error: str | None = NOT_FINITE
             if sample.token_id is not None:
                 token_ids = [sample.token_id]
-                sequence.append(sample.token_id)
-                reason, error = self._verdict(sequence, sample.token_id)
+                sequence.learn(end, sample.token_id)
+                reason, error = self._verdict(sequence, sample.token_id, end + 1)
             if reason is not None:
                 self._end(sequence, reason, trusted=sample.token_id is not None)
             logprobs = None if sample.logprobs is None else [sample.logprobs]
             updates.append(SequenceUpdate(sequence.request_id, sequence.index, token_ids, logprobs, reason, error))
         return updates
 
-    def _verdict(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | None]:
-        """Whether the sequence ends with this token, which it has already, and the error if it is one."""
+    def _verdict(self, sequence: Sequence, token: int, num_tokens: int) -> tuple[FinishReason | None, str | None]:
+        """Whether the sequence ends with this token, its `num_tokens`-th, and the error if it is one."""
         if token in sequence.end_ids:
             return "stop", None
-        if sequence.num_tokens == len(sequence.tokens):
+        if num_tokens == len(sequence.tokens):
             return "length", None
-        if self._blocks.blocks_for(sequence.num_tokens) > self._blocks.num_blocks:
+        if self._blocks.blocks_for(num_tokens) > self._blocks.num_blocks:
             room = self._blocks.num_blocks * self._blocks.block_size
             return "error", f"the sequence fills the whole KV pool of {room} tokens; lower max_tokens"
         return None, None
 
-    def _fail(self, plan: Schedule, text: str) -> list[SequenceUpdate]:
+    def _fail(self, flight: Flight, text: str) -> list[SequenceUpdate]:
         """End the sequences of a step that the backend couldn't do; what their blocks hold is unknown."""
         updates = []
-        for sequence, _ in plan.work:
-            self._end(sequence, "error", trusted=False)
-            updates.append(SequenceUpdate(sequence.request_id, sequence.index, [], finish_reason="error", error=text))
+        for sequence, _ in flight.work:
+            if not sequence.finished:
+                self._end(sequence, "error", trusted=False)
+                updates.append(
+                    SequenceUpdate(sequence.request_id, sequence.index, [], finish_reason="error", error=text)
+                )
         return updates
 
-    def _roll_back(self, plan: Schedule, updates: list[SequenceUpdate]) -> None:
-        self._cancelled = [update for update in updates if update.finish_reason == "cancelled"]
-        for sequence, _ in plan.work:
+    def _start_over(self, flight: Flight) -> None:
+        """Compute the sequences of a step again whose outcome is unknown or doesn't count."""
+        for row, (sequence, _) in enumerate(flight.work):
             if not sequence.finished:
+                if row in flight.ready:
+                    sequence.num_tokens = flight.ends[row]
                 self._scheduler.preempt(sequence, keep_blocks=False)
-        self._release()
 
     def _end(self, sequence: Sequence, reason: FinishReason, *, trusted: bool = True) -> None:
         sequence.finish_reason = reason
@@ -225,16 +226,3 @@ class EngineCore:
         dead = self._blocks.drain_dead()
         if dead:
             self.backend.release(dead)
-
-    @staticmethod
-    def _count(plan: Schedule) -> StepStats:
-        num_tokens = sum(count for _, count in plan.work)
-        num_decoded = sum(count == 1 and sequence.num_computed >= sequence.num_prompt for sequence, count in plan.work)
-        return StepStats(
-            steps=1,
-            sequences=len(plan.work),
-            prefill_tokens=num_tokens - num_decoded,
-            decode_tokens=num_decoded,
-            cached_tokens=plan.num_cached,
-            preemptions=plan.num_preempted,
-        )

@@ -1,16 +1,17 @@
-"""Lay the tokens of a step's sequences end to end."""
+"""Lay the tokens of a step's sequences end to end, and what they ask of sampling side by side."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from llmlab.runtime.batch import StepBatch
+from llmlab.runtime.batch import SamplingBatch, StepBatch
 from llmlab.runtime.request import Sequence
+from llmlab.runtime.sampler import GREEDY_BELOW, uniform
 from llmlab.runtime.scheduler import Schedule
 
 
-def pack(plan: Schedule) -> tuple[StepBatch, list[Sequence]]:
-    """The plan as arrays, and the sequences that get logits, in the order of their rows."""
+def pack(plan: Schedule) -> tuple[StepBatch, list[int]]:
+    """The plan as arrays, and which of its sequences get logits, in the order of their rows."""
     sequences = [sequence for sequence, _ in plan.work]
     counts = np.array([count for _, count in plan.work], np.int32)
     starts = np.array([sequence.num_computed for sequence in sequences], np.int32)
@@ -23,7 +24,7 @@ def pack(plan: Schedule) -> tuple[StepBatch, list[Sequence]]:
     else:
         input_ids = np.concatenate([s.tokens[s.num_computed : s.num_computed + count] for s, count in plan.work])
         position_ids = np.arange(num_rows, dtype=np.int64) + np.repeat(starts - query_start[:-1], counts)
-    # Rows whose token is the last known one of its sequence: what comes next is wanted.
+    # Rows whose token is the last one of its sequence so far: what comes next is wanted.
     ready = [i for i, (sequence, count) in enumerate(plan.work) if sequence.num_pending == count]
     batch = StepBatch(
         input_ids=input_ids,
@@ -34,4 +35,37 @@ def pack(plan: Schedule) -> tuple[StepBatch, list[Sequence]]:
         logits_index=query_start[1:][ready].astype(np.int64) - 1,
         copies=tuple(plan.copies),
     )
-    return batch, [sequences[i] for i in ready]
+    return batch, ready
+
+
+class SamplingPacker:
+    """What sequences ask of sampling, as arrays. The last step's are kept, because most steps have the same sequences."""
+
+    def __init__(self) -> None:
+        self._keep([])
+
+    def pack(self, sequences: list[Sequence]) -> tuple[SamplingBatch, set[int]]:
+        """One row a sequence, for its next token, and the rows whose token the host has to choose."""
+        if sequences != self._sequences:
+            self._keep(sequences)
+        uniforms = np.zeros(len(sequences), np.float32)
+        if self._random:
+            uniforms[self._random] = [uniform(s.seed, s.num_output) for s in map(sequences.__getitem__, self._random)]
+        held = {row for row in self._special if sequences[row].adjusts_logits}
+        wanted = [row for row in self._special if row in held or sequences[row].params.logprobs is not None]
+        return SamplingBatch(*self._arrays, uniforms, np.array(wanted, np.int32)), held
+
+    def _keep(self, sequences: list[Sequence]) -> None:
+        params = [sequence.params for sequence in sequences]
+        warm = [p.temperature is not None and p.temperature >= GREEDY_BELOW for p in params]
+        self._sequences = sequences
+        self._random = [row for row, drawn in enumerate(warm) if drawn]
+        self._special = [
+            row for row, s in enumerate(sequences) if s.params.logprobs is not None or s.adjusts_logits
+        ]  # whatever adjusts logits later, does so now
+        self._arrays = (
+            np.array([p.temperature if drawn else 0.0 for p, drawn in zip(params, warm, strict=True)], np.float32),
+            np.array([min(p.top_k or 0, 2**31 - 1) for p in params], np.int32),
+            np.array([1.0 if p.top_p is None else p.top_p for p in params], np.float32),
+            np.array([p.min_p for p in params], np.float32),
+        )

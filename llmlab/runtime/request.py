@@ -38,9 +38,10 @@ class Status(enum.Enum):
 class Sequence:
     """One completion of a request under way: its tokens, how many of them have keys and values, and where those are.
 
-    Of `tokens` the first `num_prompt` are the prompt's and the first `num_computed` have keys and values in `blocks`.
-    A sequence is ready to sample when only its last token is computed in a step, so `num_computed` is at most
-    `num_tokens - 1` between steps.
+    Of `tokens` the first `num_prompt` are the prompt's and the first `num_computed` have keys and values in `blocks`,
+    those that steps in flight are about to write included. What comes next is sampled in the step that computes the
+    last token. While that step is in flight, the sequence either has nothing to compute, or goes on with a token that
+    only the device knows: the last of `tokens` is then negative (see StepBatch.input_ids).
     """
 
     request_id: str
@@ -62,6 +63,12 @@ class Sequence:
     """All n sequences of the request."""
     status: Status = Status.WAITING
     num_computed: int = 0
+    num_stored: int = 0
+    """Those of num_computed whose steps are over."""
+    in_flight: int = 0
+    """Steps in flight that this sequence takes part in."""
+    trusted: bool = True
+    """Whether what its blocks hold can be used again once it has ended."""
     blocks: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -86,7 +93,7 @@ class Sequence:
     def waits_for_sibling(self) -> bool:
         """Whether a sibling is computing the prompt's keys and values, which this sequence can then use as well."""
         return len(self.siblings) > 1 and any(
-            s.status is Status.RUNNING and s.num_computed < s.num_prompt - 1 for s in self.siblings
+            s.status is Status.RUNNING and s.num_stored < s.num_prompt - 1 for s in self.siblings
         )
 
     def set_blocks(self, blocks: list[int]) -> None:
@@ -113,6 +120,11 @@ class Sequence:
     def append(self, token: int) -> None:
         self.tokens[self.num_tokens] = token
         self.num_tokens += 1
+
+    def learn(self, position: int, token: int) -> None:
+        """Token `position` has been chosen; the sequence may have gone on with it already."""
+        self.tokens[position] = token
+        self.num_tokens = max(self.num_tokens, position + 1)
 
 
 def checked_prompt(request: Request, limits: EngineLimits) -> NDArray[np.int64]:

@@ -50,6 +50,8 @@ class Scheduler:
         self.batching = batching
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.leaving: list[Sequence] = []
+        """Ended, but a step in flight still writes their blocks."""
         self._batch: list[Sequence] = []  # static batching: those that are admitted together
 
     def add(self, sequences: Iterable[Sequence]) -> None:
@@ -59,24 +61,41 @@ class Scheduler:
         """End a sequence, wherever it is. keep_blocks=False: what is in its blocks can't be used again."""
         (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
         sequence.status = Status.FINISHED
-        self.blocks.free(sequence.blocks, keep=keep_blocks)
+        sequence.trusted = keep_blocks
+        if sequence.in_flight:
+            self.leaving.append(sequence)
+        else:
+            self.blocks.free(sequence.blocks, keep=keep_blocks)
+
+    def settle(self, sequence: Sequence, *, trusted: bool) -> None:
+        """A step in flight that the sequence took part in is over. trusted=False: what it wrote is unknown."""
+        sequence.in_flight -= 1
+        if sequence.status is Status.FINISHED:
+            sequence.trusted &= trusted
+            if not sequence.in_flight:
+                self.leaving.remove(sequence)
+                self.blocks.free(sequence.blocks, keep=sequence.trusted)
 
     def preempt(self, sequence: Sequence, *, keep_blocks: bool = True) -> None:
-        """Send a running sequence back to wait, to be computed again."""
+        """Send a running sequence, which is in no step in flight, back to wait and be computed again."""
         self.running.remove(sequence)
         self.blocks.free(sequence.blocks, keep=keep_blocks)
         sequence.status = Status.WAITING
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_stored = 0
         _insert(self.waiting, sequence)
 
     def shares_blocks(self, sequence: Sequence) -> bool:
         """Whether to look for, and to record, what this sequence's blocks hold: for the cache or for its siblings."""
         return self.blocks.prefix_cache or sequence.params.n > 1
 
-    def schedule(self) -> Schedule:
-        """Decide the next step and allocate its blocks. Sequences stay in `running` until `remove`d."""
+    def schedule(self, *, ahead: bool = False) -> Schedule:
+        """Decide the next step and allocate its blocks. Sequences stay in `running` until `remove`d.
+
+        ahead: a step is in flight. Nothing can be preempted then, so where a block is missing the plan is empty.
+        """
         plan = Schedule()
-        self._schedule_decodes(plan)
+        if not self._schedule_decodes(plan, ahead):
+            return Schedule()
         budget = self.max_tokens_per_step - len(plan.work)
         for sequence in self.running:
             if sequence.num_pending > 1 and budget > 0:
@@ -89,10 +108,12 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when a sequence, or a block of one, is lost or in two places."""
-        if any(s.status is not Status.WAITING or s.blocks or s.num_computed for s in self.waiting):
-            raise IntegrityError("a waiting sequence holds blocks")
+        if any(s.status is not Status.WAITING or s.blocks or s.num_computed or s.in_flight for s in self.waiting):
+            raise IntegrityError("a waiting sequence holds blocks or is in a step")
         if any(s.status is not Status.RUNNING for s in self.running):
             raise IntegrityError("a sequence that doesn't run is among the running")
+        if any(s.status is not Status.FINISHED or not s.in_flight for s in self.leaving):
+            raise IntegrityError("a sequence is leaving that hasn't ended or is in no step")
         for queue in (self.waiting, self.running):
             orders = [s.order for s in queue]
             if orders != sorted(set(orders)):
@@ -100,29 +121,35 @@ class Scheduler:
         if len(self.running) > self.max_num_seqs:
             raise IntegrityError(f"{len(self.running)} sequences run, at most {self.max_num_seqs} may")
         for s in self.running:
-            if not s.num_computed < s.num_tokens or len(s.blocks) < self.blocks.blocks_for(s.num_computed):
+            most = s.num_tokens - (not s.in_flight)
+            if not s.num_stored <= s.num_computed <= most or len(s.blocks) < self.blocks.blocks_for(s.num_computed):
                 raise IntegrityError(f"sequence {s.order} has {s.num_computed} tokens computed in blocks {s.blocks}")
             if s.block_row[: len(s.blocks)].tolist() != s.blocks or (s.block_row[len(s.blocks) :] != -1).any():
                 raise IntegrityError(f"sequence {s.order} has blocks {s.blocks} and its table row {s.block_row}")
-        self.blocks.check_integrity(s.blocks for s in self.running)
+            if (s.tokens[: s.num_tokens - s.in_flight] < 0).any():
+                raise IntegrityError(f"sequence {s.order} has unknown tokens: {s.tokens[: s.num_tokens]}")
+        self.blocks.check_integrity(s.blocks for s in [*self.running, *self.leaving])
 
-    def _schedule_decodes(self, plan: Schedule) -> None:
+    def _schedule_decodes(self, plan: Schedule, ahead: bool) -> bool:
         for sequence in list(self.running):  # oldest first, so a preempted one is never in the plan already
             if sequence.status is Status.RUNNING and sequence.num_pending == 1:
-                plan.num_preempted += self._make_room(sequence)
+                if not self._make_room(sequence, plan, ahead):
+                    return False
                 if sequence.status is Status.RUNNING:
                     plan.work.append(Work(sequence, 1))
+        return True
 
-    def _make_room(self, sequence: Sequence) -> int:
-        """Get the block that the next token needs, if it needs one; the number of sequences preempted for it."""
-        num_preempted = 0
+    def _make_room(self, sequence: Sequence, plan: Schedule, ahead: bool) -> bool:
+        """Get the block that the next token needs, if it needs one. False: it takes preemption, which has to wait."""
         while sequence.status is Status.RUNNING and len(sequence.blocks) < self.blocks.blocks_for(sequence.num_tokens):
             if self.blocks.num_available:
                 sequence.add_block(self.blocks.allocate_one())
+            elif ahead:
+                return False
             else:
                 self.preempt(self.running[-1])  # maybe this one
-                num_preempted += 1
-        return num_preempted
+                plan.num_preempted += 1
+        return True
 
     def _admit(self, plan: Schedule, budget: int) -> None:
         candidates = self.waiting
@@ -144,7 +171,7 @@ class Scheduler:
                 break
             blocks, copies = self.blocks.allocate(allocation)
             sequence.set_blocks(blocks)
-            sequence.num_computed = allocation.num_cached
+            sequence.num_computed = sequence.num_stored = allocation.num_cached
             sequence.status = Status.RUNNING
             _insert(self.running, sequence)
             admitted.append(sequence)

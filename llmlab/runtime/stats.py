@@ -17,8 +17,10 @@ class StepStats:
     cached_tokens: int = 0
     """Prompt tokens whose keys and values came from another sequence."""
     preemptions: int = 0
+    dropped_tokens: int = 0
+    """Of all these, computed for sequences that turned out to have ended."""
     execute_s: float = 0.0
-    """In Backend.execute."""
+    """In the backend: executing steps; or handing them over, and waiting for them when there is nothing else to do."""
     step_s: float = 0.0
     """In all of step()."""
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 from toy import ToyBackend, true_logits
+from toy_device import ToyDevice
 
 from llmlab.errors import InputError
 from llmlab.runtime.blocks import BlockManager, IntegrityError
@@ -39,6 +40,8 @@ class Job:
     """Steps after its arrival."""
     finished: int | None
     """Tokens after which the front-end ends its first completion."""
+    asks: str | None
+    """What keeps the device from choosing all tokens, or from keeping the logits to itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Scenario:
     """Step of the backend that raises an error."""
     interrupted_at: int | None
     """Step of the backend in which Ctrl-C comes."""
+    early: bool
+    """Whether they come while the step is handed to a device, not while it is waited for."""
     jobs: tuple[Job, ...]
 
 
@@ -87,6 +92,7 @@ jobs = st.builds(
     stop_token_ids=st.sampled_from([(), (), (3,)]),
     cancelled=st.none() | st.integers(0, 20),
     finished=st.none() | st.integers(1, 8),
+    asks=st.sampled_from([None, None, None, "penalty", "min_tokens", "logprobs"]),
 )
 
 
@@ -104,6 +110,7 @@ def scenarios(draw):
         batching=draw(st.sampled_from(["inflight", "inflight", "inflight", "static"])),
         fails_at=draw(st.none() | st.integers(1, 40)),
         interrupted_at=draw(st.none() | st.integers(1, 40)),
+        early=draw(st.booleans()),
         jobs=tuple(draw(st.lists(jobs, min_size=1, max_size=8))),
     )
 
@@ -114,6 +121,9 @@ def request_of(job, name, index=None):
         n=job.n if index is None else 1,
         temperature=job.temperature,
         stop_token_ids=job.stop_token_ids,
+        repetition_penalty=1.3 if job.asks == "penalty" else 1.0,
+        min_tokens=min(3, job.max_tokens) if job.asks == "min_tokens" else 0,
+        logprobs=1 if job.asks == "logprobs" else None,
         seed=100 + (index or 0),
     )
     return Request(name, job.prompt, params)
@@ -142,6 +152,7 @@ def play(scenario, backend_class=ToyBackend, core_class=EngineCore, max_steps=15
         max_seq_len=MAX_SEQ_LEN,
         fail_at={scenario.fails_at},
         interrupt_at={scenario.interrupted_at},
+        **({"early": scenario.early} if issubclass(backend_class, ToyDevice) else {}),
     )
     core = core_class(
         backend,
@@ -176,6 +187,8 @@ def play(scenario, backend_class=ToyBackend, core_class=EngineCore, max_steps=15
             key = update.request_id, update.index
             assert key not in reasons, "an update after the end"
             tokens[key] += update.token_ids
+            told = scenario.jobs[int(key[0])].asks == "logprobs" and update.token_ids
+            assert [entry.token_id for entry in update.logprobs or ()] == (update.token_ids if told else [])
             if update.finish_reason is not None:
                 reasons[key] = "failed" if "broke" in (update.error or "") else update.finish_reason
             elif scenario.jobs[int(key[0])].finished == len(tokens[key]) and key[1] == 0:
@@ -201,6 +214,7 @@ def play(scenario, backend_class=ToyBackend, core_class=EngineCore, max_steps=15
             assert (got, reason) == (expected, expected_reason)
     total = core.stats.total
     happened.update(preemptions=total.preemptions, cached=total.cached_tokens, copied=backend.copied, steps=total.steps)
+    happened.update(dropped=total.dropped_tokens, ahead=getattr(backend, "ahead", 0))
     happened["split"] = int(total.prefill_tokens > 0 and any(len(j.prompt) > scenario.budget for j in scenario.jobs))
     return happened
 
