@@ -77,7 +77,9 @@ class Scheduler:
                 self.blocks.free(sequence.blocks, keep=sequence.trusted)
 
     def preempt(self, sequence: Sequence, *, keep_blocks: bool = True) -> None:
-        """Send a running sequence, which is in no step in flight, back to wait and be computed again."""
+        """Send a running sequence back to wait, to be computed again."""
+        if sequence.in_flight:
+            raise IntegrityError(f"sequence {sequence.order} is preempted, and a step in flight writes its blocks")
         self.running.remove(sequence)
         self.blocks.free(sequence.blocks, keep=keep_blocks)
         sequence.status = Status.WAITING

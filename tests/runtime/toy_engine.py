@@ -60,6 +60,7 @@ class ToyEngine:
     path: Path
     manifest: ToyManifest = field(default_factory=ToyManifest)
     options: dict[str, Any] = field(default_factory=dict)
+    kind: type[ToyBackend] = ToyBackend
     made: ToyBackend | None = None
     """The backend handed out last."""
     threads: int | None = None
@@ -68,7 +69,7 @@ class ToyEngine:
         self.threads = threads
         sizes = {"vocab_size": vocab_size(), "max_seq_len": self.manifest.max_seq_len, "num_blocks": 256}
         sizes["max_tokens_per_step"] = self.manifest.limits.max_tokens_per_step
-        self.made = ToyBackend(**{**sizes, **self.options})
+        self.made = self.kind(**{**sizes, **self.options})
         return self.made
 
 
