@@ -1,7 +1,7 @@
 """A Llama layer without its attention, built and run by TensorRT: build times, error, microseconds, and what is inside.
 
     python benchmarks/trt_layer.py write FOLDER [--hidden 4096 --ffn 11008]   # needs onnx, no GPU
-    python benchmarks/trt_layer.py run FOLDER [--level 2] [--json FILE]       # needs a GPU and TensorRT, no onnx
+    python benchmarks/trt_layer.py run FOLDER [--level 2] [--refit] [--json FILE]       # needs a GPU and TensorRT, no onnx
 
 Two files with one key and other weights are written, so that the second build shows what the shared timing cache saves.
 Each decode bucket is checked against float32 in NumPy and timed as a captured CUDA graph of ten launches.
@@ -21,9 +21,10 @@ from llmlab.cuda import Device, DeviceBuffer, Event, Stream
 from llmlab.errors import EngineError
 from llmlab.tensorrt.builder import PlanBuilder
 from llmlab.tensorrt.config import BuildConfig
-from llmlab.tensorrt.inspect import LayerTimes, listing_of, summary
+from llmlab.tensorrt.inspect import LayerTimes, summary_of
 from llmlab.tensorrt.library import Library, resolve
 from llmlab.tensorrt.precision import WeakTyping
+from llmlab.tensorrt.refit import refit
 
 BUCKETS, TOKENS = (1, 8, 64), 512
 _HELD = ("square", "mean", "stable", "root", "norm", "scaled")
@@ -144,7 +145,7 @@ class Running:
         return end.elapsed_ms(start) * 1000 / launches / replays
 
 
-def run(folder: Path, target: str, level: int | None) -> dict[str, Any]:
+def run(folder: Path, target: str, level: int | None, also_refit: bool) -> dict[str, Any]:
     sizes = json.loads((folder / "sizes.json").read_text())
     hidden, ffn = sizes["hidden"], sizes["ffn"]
     widths = {"attended": hidden, "x": hidden, "y": hidden, "qkv": 3 * hidden}
@@ -188,13 +189,14 @@ def run(folder: Path, target: str, level: int | None) -> dict[str, Any]:
             running.stream.synchronize()
     for name, ms, calls in times.rows()[:12]:
         print(f"  {ms * 1000:8.1f} us x{calls}  {name[:110]}")
-    facts = summary(listing_of(library, engine))
+    facts = summary_of(library, engine)
     print(f"{facts.layers} layers: {facts.kinds}; types {facts.types}; {len(facts.profiles)} profiles")
     try:
         library.load(bytes(plans[0].data[: len(plans[0].data) // 2]), "half a plan")
         raise AssertionError("half a plan was loaded")
     except EngineError as refused:
         print(f"refused: {refused}")
+    refitted = refit_other(library, folder, profiles, weak, running) if also_refit else None
     return {
         "library": str(library),
         "gpu": device.name,
@@ -202,7 +204,33 @@ def run(folder: Path, target: str, level: int | None) -> dict[str, Any]:
         "level": level,
         "builds": [p.seconds for p in plans],
         "rows": rows,
+        "refit": refitted,
     }
+
+
+def refit_other(library: Library, folder: Path, profiles: Any, weak: WeakTyping, running: Running) -> dict[str, float]:
+    """Layer 0 built to be refitted, then given the weights of layer 1."""
+    config = BuildConfig(
+        max_batch=64, max_tokens_per_step=TOKENS, decode_buckets=BUCKETS, optimization_level=1, refit=True
+    )
+    with PlanBuilder(library, config) as builder:
+        plan = builder.build(folder / "layer0.onnx", profiles, name="refittable layer 0", weak=weak)
+    weights = make_weights(running.widths["x"], json.loads((folder / "sizes.json").read_text())["ffn"], 1)
+    other = Running(library, library.load(plan.data), running.widths)
+    start = time.perf_counter()
+    refit(library, other.engine, weights)
+    seconds = time.perf_counter() - start
+    context = other.context(0, 1)
+    found = {
+        "build_s": plan.seconds,
+        "refit_s": seconds,
+        "error": other.error(context, weights, 1),
+        "us": other.microseconds(context),
+    }
+    print(
+        f"refit: built in {plan.seconds:.1f} s, other weights in {seconds:.2f} s, error {found['error']:.1e}, {found['us']:.1f} us at 1 token"
+    )
+    return found
 
 
 def main() -> None:
@@ -212,13 +240,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--ffn", type=int, default=11008)
     parser.add_argument("--level", type=int)
+    parser.add_argument("--refit", action="store_true", help="build one more that can be refitted, and refit it")
     parser.add_argument("--target", default="tensorrt", choices=("tensorrt", "tensorrt-rtx"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.step == "write":
         write(args.folder, args.hidden, args.ffn)
         return
-    result = run(args.folder, args.target, args.level)
+    result = run(args.folder, args.target, args.level, args.refit)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

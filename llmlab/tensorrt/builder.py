@@ -30,7 +30,7 @@ class Plan:
 
     data: memoryview
     listing: str
-    """The layers as the builder listed them, for `llmlab.tensorrt.inspect.read_listing`; empty where it lists none."""
+    """The layers as the builder listed them, for `llmlab.tensorrt.layers.parse_listing`; empty where it lists none."""
     seconds: float
     """How long it took to build."""
 
@@ -59,14 +59,10 @@ class PlanBuilder:
             raise InputError(
                 f"precision is {self.config.precision!r}, {self.library} has {', '.join(self.library.precisions)}"
             )
-        if self.config.strip_weights and not self.library.strips_weights:
-            raise InputError(f"strip_weights needs a newer TensorRT than {self.library}")
         if self.library.needs_gpu:
             self.library.require_gpu()
-        elif (self.config.refit or self.config.strip_weights) and visible_gpu() is None:
-            raise InputError(
-                "refit and strip_weights compile on the GPU, and there is none: leave them out, or build where one is"
-            )
+        elif self.config.refit and visible_gpu() is None:
+            raise InputError("refit=True compiles on the GPU, and there is none: leave it out, or build where one is")
         self.library.hosting(self.config.attention)
 
     def __enter__(self) -> PlanBuilder:
@@ -175,7 +171,6 @@ class PlanBuilder:
             "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
             "builder_optimization_level": config.optimization_level,
             "refittable": config.refit,
-            "strip_plan": config.strip_weights,
         }
         if config.workspace_bytes is not None:
             options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: config.workspace_bytes}

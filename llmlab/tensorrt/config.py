@@ -50,9 +50,7 @@ class BuildConfig:
     compute_capabilities: tuple[tuple[int, int], ...] = ()
     """GPUs to build for, such as (8, 9). None given: the one in this machine."""
     refit: bool = False
-    """Keep the engine open to other weights of the same shapes."""
-    strip_weights: bool = False
-    """Leave the weights out of the plan; whoever runs it puts them in."""
+    """Keep the engine open to other weights of the same shapes (`llmlab.tensorrt.refit`)."""
 
     def __post_init__(self) -> None:
         _integer("max_batch", self.max_batch, 1, 4096)
@@ -67,8 +65,7 @@ class BuildConfig:
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("attention", self.attention, (None, *get_args(Attention)))
         _one_of("precision", self.precision, get_args(Precision))
-        for name in ("refit", "strip_weights"):
-            _one_of(name, getattr(self, name), (False, True))
+        _one_of("refit", self.refit, (False, True))
         self._set("decode_buckets", _tuple("decode_buckets", self.decode_buckets))
         for bucket in self.decode_buckets:
             _integer("a decode bucket", bucket, 1, self.max_batch)

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmlab.errors import EngineError
@@ -97,6 +97,11 @@ def summary(listing: Listing) -> Summary:
         in_place=in_place,
         profiles=tuple({b.name: b.profiles[i] for b in listing.bindings if i < len(b.profiles)} for i in range(count)),
     )
+
+
+def summary_of(library: Library, engine: Any) -> Summary:
+    """The summary of an engine that is open, which knows itself what it writes in place."""
+    return replace(summary(listing_of(library, engine)), in_place=library.aliased(engine))
 
 
 def _plain(name: str) -> str:

@@ -90,15 +90,6 @@ class Library:
         return self.timing_cache and self.version >= (9,)
 
     @property
-    def strips_weights(self) -> bool:
-        return hasattr(self.module.BuilderFlag, "STRIP_PLAN")
-
-    @property
-    def lists_layers(self) -> bool:
-        """Whether a build logs the layers of what it made, in the words of the engine inspector."""
-        return self.strongly_typed
-
-    @property
     def needs_gpu(self) -> bool:
         """Whether a build runs on the GPU that the engine is for."""
         return not self.rtx

@@ -169,7 +169,7 @@ def test_profiles_and_limits_that_do_not_fit(library: Library, tmp_path: Path) -
         build_plan(library, path, [{"x": ((1, 32),) * 3}], CONFIG)
     with pytest.raises(EngineError, match="no tactics to implement the operation within workspace limit"):
         build_plan(library, path, CONFIG.profiles(INPUTS), replace(CONFIG, workspace_bytes=1 << 20))
-    with pytest.raises(InputError, match="refit and strip_weights compile on the GPU, and there is none"):
+    with pytest.raises(InputError, match="refit=True compiles on the GPU, and there is none"):
         build_plan(library, path, CONFIG.profiles(INPUTS), replace(CONFIG, refit=True))
     with pytest.raises(InputError, match=r"nowhere\.onnx: no such file"):
         build_plan(library, tmp_path / "nowhere.onnx", CONFIG.profiles(INPUTS), CONFIG)

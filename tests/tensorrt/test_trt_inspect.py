@@ -13,7 +13,7 @@ import trt_graphs
 from llmlab.errors import EngineError
 from llmlab.tensorrt.builder import build_plan
 from llmlab.tensorrt.config import BuildConfig
-from llmlab.tensorrt.inspect import LayerTimes, computes_in, listing_of, summary
+from llmlab.tensorrt.inspect import LayerTimes, computes_in, inspect_plan, listing_of, summary, summary_of
 from llmlab.tensorrt.layers import Binding, Layer, Listing, Value, parse_listing
 from llmlab.tensorrt.library import Library, resolve
 
@@ -92,7 +92,9 @@ class Engine:
         return [[1, 64], [1, 64], [1, 64]] if profile == 0 else [[1, 64], [32, 64], [32, 64]]
 
 
-MODULE = SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="in"), LayerInformationFormat=SimpleNamespace(JSON=1))
+MODULE = SimpleNamespace(
+    TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"), LayerInformationFormat=SimpleNamespace(JSON=1)
+)
 OLD = Library("tensorrt", MODULE, (8, 6, 1), None, None)  # type: ignore[arg-type]
 
 
@@ -115,6 +117,23 @@ def test_the_inspector_of_8_6_gives_the_same_form() -> None:
     assert other == Layer("a name alone", "", (), (), ())
     assert summary(listing_of(OLD, engine)).profiles == ({"x": ((1, 64),) * 3}, {"x": ((1, 64), (32, 64), (32, 64))})
     assert [b.dtype for b in listing_of(OLD, engine).bindings] == ["Half", "Half"]
+
+
+def test_an_open_engine_knows_itself_what_it_writes_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine([{"Name": "gate", "LayerType": "gemm"}])
+    assert summary_of(OLD, engine).in_place == {} and summary_of(OLD, engine).kinds == {"gemm": 1}
+    monkeypatch.setattr(
+        Engine, "get_aliased_input_tensor", lambda self, name: "x" if name == "y" else None, raising=False
+    )
+    assert summary_of(OLD, engine).in_place == {"y": "x"}
+
+
+def test_the_inspectors_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Library, "load", lambda self, plan, where: Engine([{"Name": plan.decode(), "LayerType": where}])
+    )
+    layers = [{"Name": "a plan", "LayerType": "a.plan"}]
+    assert inspect_plan(OLD, b"a plan", "a.plan") == {"Layers": layers, "Bindings": ["x", "y"]}
 
 
 @pytest.mark.parametrize(("text", "said"), [("{", "gave no JSON"), ("[]", "gave list, expected a mapping")])

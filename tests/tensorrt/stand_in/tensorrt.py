@@ -292,6 +292,7 @@ class Builder:
 class Engine:
     device_memory_size = 4096
     num_io_tensors = 2
+    refittable = True
 
     def create_execution_context_without_device_memory(self) -> Context | None:
         return None if "context" in fail else Context()
@@ -310,6 +311,40 @@ class Runtime:
             said(self._logger, fail["load"])
             return None
         return Engine()
+
+
+def Weights(array: Any) -> Any:
+    assert array.flags.c_contiguous
+    return array
+
+
+class Refitter:
+    """Of an engine that has gate and up as one product."""
+
+    _known = ("gate_weight", "up_weight")
+
+    def __init__(self, engine: Engine, logger: Any) -> None:
+        self._logger, self._given = logger, {}  # type: ignore[var-annotated]
+
+    def get_all_weights(self) -> list[str]:
+        return list(self._known)
+
+    def set_named_weights(self, name: str, weights: Any) -> bool:
+        if weights.size != 64 * 128:
+            said(self._logger, "wrong count")
+            return False
+        self._given[name] = weights
+        return True
+
+    def get_missing_weights(self) -> list[str]:
+        return [name for name in self._known if self._given and name not in self._given]
+
+    def refit_cuda_engine(self) -> bool:
+        if "refit" in fail:
+            said(self._logger, fail["refit"])
+            return False
+        calls.append(("refit", self._given))
+        return True
 
 
 class IProfiler:

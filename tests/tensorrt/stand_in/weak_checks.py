@@ -24,6 +24,7 @@ from llmlab.tensorrt.builder import Plan, PlanBuilder, build_plan
 from llmlab.tensorrt.config import BuildConfig
 from llmlab.tensorrt.library import resolve
 from llmlab.tensorrt.precision import WeakTyping
+from llmlab.tensorrt.refit import refit
 from llmlab.tensorrt.timing import TimingCache
 
 INPUTS = {"x": ("T", 64)}
@@ -138,7 +139,6 @@ def test_int8_is_allowed_where_the_file_has_it_and_float32_stays_wide(onnx_path:
             {"attention": "plugin"},
             "attention='plugin' needs a newer TensorRT than TensorRT 8.6.1; available: piecewise",
         ),
-        ({"strip_weights": True}, "strip_weights needs a newer TensorRT than TensorRT 8.6.1"),
         (
             {"compute_capabilities": ((7, 5),)},
             "TensorRT 8.6.1 builds on the GPU itself, here a Fake GPU of compute capability 9.0, not for 7.5: build there",
@@ -245,6 +245,32 @@ def test_a_context_and_its_memory() -> None:
 def test_plans_that_do_not_fit(said: str, expected: str) -> None:
     trt.fail["load"] = said
     assert line(lambda: library.load(b"plan", "layers.0.plan")).startswith(f"EngineError: layers.0.plan: {expected}")
+
+
+def test_other_weights_for_a_refittable_engine(onnx_path: Path) -> None:
+    build(onnx_path, replace(CONFIG, refit=True))
+    assert "REFIT" in named("build")[0]["flags"]
+    engine = library.load(b"plan")
+    new = {"gate_weight": np.ones((64, 128), np.float32), "up_weight": np.zeros((128, 64), np.float32).T}
+    refit(library, engine, new)
+    assert [(name, a.tolist()) for name, a in named("refit")[0].items()] == [(n, a.tolist()) for n, a in new.items()]
+    assert (
+        line(lambda: refit(library, engine, {"gate_wieght": new["gate_weight"]}))
+        == "EngineError: the engine has no weight 'gate_wieght'; nearest: gate_weight, up_weight"
+    )
+    assert "weights that were merged are replaced together: up_weight must be given too" in line(
+        lambda: refit(library, engine, {"gate_weight": new["gate_weight"]})
+    )
+    assert "weight up_weight of float32 (3,) doesn't fit (wrong count)" in line(
+        lambda: refit(library, engine, {"up_weight": np.zeros(3, np.float32)})
+    )
+    trt.fail["refit"] = "no memory"
+    assert line(lambda: refit(library, engine, new)) == "EngineError: TensorRT 8.6.1 can't refit the engine (no memory)"
+    engine.refittable = False
+    assert "the engine's weights are fixed: build it with BuildConfig(refit=True)" in line(
+        lambda: refit(library, engine, new)
+    )
+    assert len(named("refit")) == 1
 
 
 def test_engines_of_another_version() -> None:
