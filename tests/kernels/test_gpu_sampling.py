@@ -92,8 +92,11 @@ FLAT = np.zeros(200, np.float32)
 STEPS = np.repeat(np.float32([0.0, -1.0, -2.0, -3.0]), 50)  # ties of 50
 FEW = np.full(200, -np.inf, np.float32)
 FEW[[3, 70, 199]] = [2.0, 1.5, 1.0]
+TAIL = np.repeat(
+    np.log(np.float32([1.0, 0.01, 0.0012])), [1, 100, 99]
+)  # 99 too unlikely to be the cut, but not nothing
 ALWAYS = {
-    "greedy, the first of two largest": Row(edited(FLAT, {70: 5.0, 150: 5.0}), temperature=0.0),
+    "greedy, the first of three largest": Row(edited(FLAT, {70: 5.0, 134: 5.0, 150: 5.0}), temperature=0.0),
     "greedy, not a number": Row(edited(normal(1), {130: np.nan}), temperature=0.0),
     "drawn, not a number": Row(edited(normal(1), {3: np.nan}), top_k=4, top_p=0.5),
     "nothing but -infinity": Row(np.full(200, -np.inf, np.float32), top_k=3, top_p=0.9),
@@ -105,6 +108,7 @@ ALWAYS = {
     "top_k above the tokens that are possible": Row(FEW, 0.8, top_k=50),
     "top_p is tiny": Row(falling(7), LAST, 3.0, top_p=1e-6),
     "top_p of what top_k leaves": Row(STEPS, LAST, top_k=60, top_p=0.6),
+    "top_p of all, the unlikely too": Row(TAIL, LAST, top_p=0.5),
     "min_p": Row(STEPS, LAST, min_p=0.2),
     "all of them": Row(normal(8), 0.95, 1.7, top_k=40, top_p=0.8, min_p=0.05),
     "all equal, top_p": Row(FLAT, 0.42, top_p=0.5),
@@ -158,7 +162,8 @@ def test_any_mix_of_rows(rows: list[Row], splits: int) -> None:
 
 
 def test_rows_that_are_all_greedy_need_no_more_than_two_launches() -> None:
-    rows = [Row(normal(seed, 3000), temperature=0.0) for seed in range(2)]
+    ties = edited(normal(0, 3000), {1500: 99.0, 2600: 99.0})
+    rows = [Row(logits, temperature=0.0) for logits in (ties, normal(1, 3000))]
     assert wrong_rows(rows, sampled(rows, 3, tile=1024, drawn=False)) == []
 
 
