@@ -24,6 +24,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 REFUSED_SLOW: dict[str, tuple[dict[str, Any], str]] = {
     "bert": ({"model_type": "bert"}, "attention is bidirectional; only causal self-attention can be paged"),
+    # As falcon-rw-1b has it: ALiBi computed in bfloat16, in which positions beyond 256 are rounded.
+    "falcon-rw": (
+        {
+            "model_type": "falcon",
+            "alibi": True,
+            "bias": True,
+            "multi_query": False,
+            "parallel_attn": False,
+            "max_position_embeddings": 2048,
+        },
+        "not ALiBi (at 1024 tokens it is not linear in the key's position))",
+    ),
     "dynamic rope": (
         {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
         "torch can't export it: Could not guard on data-dependent expression",
