@@ -11,6 +11,7 @@ from llmlab.graph.lower.gated import expand_gated
 from llmlab.graph.lower.int32 import int32_inputs
 from llmlab.graph.lower.opset import legalise
 from llmlab.graph.lower.tensorrt_experts import expand_experts
+from llmlab.graph.lower.tensorrt_native import native_attention
 from llmlab.graph.lower.tensorrt_parts import Lowered
 from llmlab.graph.lower.tensorrt_piecewise import cut_at_attention
 from llmlab.graph.lower.tensorrt_plugin import plugin_nodes
@@ -18,7 +19,7 @@ from llmlab.graph.lower.weights import defer_weights
 from llmlab.graph.operators.functions import inline_functions
 from llmlab.graph.passes.convert_precision import computes_wide
 
-HOSTINGS = ("piecewise", "plugin")
+HOSTINGS = ("piecewise", "plugin", "native")
 OLDEST_OPSET = 17
 
 
@@ -33,14 +34,15 @@ def lower(
     """The serving graph as ONNX for TensorRT; the given graph is not changed, and no large weight is read.
 
     hosting: `piecewise` cuts it at attention, whose kernels run between the parts; `plugin` keeps it whole, with
-        PagedAttention as nodes that a plugin runs on KV blocks of `block_size` tokens.
-    dialect: the ONNX opset that the parser reads, 17 (TensorRT 8.6) to 23.
+        PagedAttention as nodes that a plugin runs on KV blocks of `block_size` tokens; `native` has ONNX's own attention
+        over slots of `block_size` tokens, one a sequence (`tensorrt_native` says what a step consists of).
+    dialect: the ONNX opset that the parser reads, 17 (TensorRT 8.6) to 23; native attention is of a later one.
     weak_type: under weak typing, what TensorRT may compute in and what parts hand each other (float16). The graph has to be
         in float32 and stays so, without a Cast; `Dense.keep_fp32` says what must not be narrowed. Without it the graph's own
         types hold: convert it first (`llmlab.convert`).
     Raises InputError for arguments that don't fit, and UnsupportedModelError that names a node which can't be expressed.
     """
-    _check(graph, hosting, dialect, weak_type, block_size)
+    block = _check(graph, hosting, dialect, weak_type, block_size)
     work = graph.copy()
     edit = Editor(work)
     inline_functions(edit)
@@ -55,12 +57,14 @@ def lower(
     if weak_type is None:
         keep.clear()
     if hosting == "plugin":
-        assert block_size is not None
-        return plugin_nodes(edit, block_size)
+        return plugin_nodes(edit, block)
+    if hosting == "native":
+        return native_attention(edit, block)
     return cut_at_attention(edit, weak_type, wide, keep)
 
 
-def _check(graph: Graph, hosting: str, dialect: int, weak_type: str | None, block_size: int | None) -> None:
+def _check(graph: Graph, hosting: str, dialect: int, weak_type: str | None, block_size: int | None) -> int:
+    """Raises InputError unless the arguments of `lower` fit together; gives the block size (0 in piecewise hosting)."""
     if not isinstance(graph, Graph) or graph.kind != "serving":
         raise InputError("expected a serving graph: pass what llmlab.optimize returned")
     if hosting not in HOSTINGS:
@@ -74,7 +78,10 @@ def _check(graph: Graph, hosting: str, dialect: int, weak_type: str | None, bloc
         raise InputError(
             f"weak typing starts from float32, the graph is in {', '.join(types)}: lower the unconverted one"
         )
-    if hosting == "plugin" and (weak_type is not None or types == {"float32"}):
-        raise InputError("plugin hosting is strongly typed: convert the graph to float16 or bfloat16 first")
-    if hosting == "plugin" and (isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1):
+    if hosting == "piecewise":
+        return 0
+    if weak_type is not None or types == {"float32"}:
+        raise InputError(f"{hosting} hosting is strongly typed: convert the graph to float16 or bfloat16 first")
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise InputError(f"block_size is {block_size!r}, expected a number of tokens")
+    return block_size

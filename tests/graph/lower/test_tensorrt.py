@@ -171,10 +171,11 @@ def test_what_cannot_be_asked_for(store: Store) -> None:
     half = ll.convert(graph, "float16")
     for message, given, options in (
         ("expected a serving graph", store.plain("llama"), {}),
-        ("hosting is 'whole'; available: piecewise, plugin", graph, {"hosting": "whole"}),
+        ("hosting is 'whole'; available: piecewise, plugin, native", graph, {"hosting": "whole"}),
         ("dialect is 16, expected an ONNX opset from 17 to 23", graph, {"dialect": 16}),
         ("weak_type is 'int8'", graph, {"weak_type": "int8"}),
         ("starts from float32, the graph is in float16", half, {"weak_type": "float16"}),
+        ("native hosting is strongly typed: convert", graph, {"hosting": "native", "block_size": 64}),
         ("plugin hosting is strongly typed: convert", graph, {"hosting": "plugin", "block_size": 16}),
         ("block_size is None, expected a number of tokens", half, {"hosting": "plugin"}),
     ):
