@@ -31,11 +31,11 @@ def smaller(
 
 def compile_job(job: Mapping[str, Any]) -> dict[str, Any]:
     """The first form that fits the architecture's shared memory."""
+    module, _, name = job["function"].partition(":")
+    function = getattr(importlib.import_module(module), name)
     triton = require("triton", "tensorrt")
     compiler = require("triton.compiler", "tensorrt")
     target = require("triton.backends.compiler", "tensorrt").GPUTarget("cuda", job["architecture"], 32)
-    module, _, name = job["function"].partition(":")
-    function = getattr(importlib.import_module(module), name)
     names: list[str] = function.arg_names
     for constants, options in smaller(job["constants"], job["options"]):
         fixed = {**constants, **{n: None for n in job["null"] if n in names}}
