@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +24,7 @@ from llmlab.tensorrt import builder as building
 from llmlab.tensorrt.builder import Plan, PlanBuilder, build_plan
 from llmlab.tensorrt.config import BuildConfig
 from llmlab.tensorrt.library import Library, resolve
+from llmlab.tensorrt.progress import BuildProgress
 
 GPUS = ((8, 0), (8, 9), (12, 0))
 CONFIG = BuildConfig(max_batch=8, max_tokens_per_step=32, decode_buckets=(1,), compute_capabilities=GPUS)
@@ -109,6 +112,26 @@ def test_how_long_it_took_is_said_the_next_time(
     assert said[0] == ("layers.0", None)
     name, last = said[-1]
     assert name == "layers.0" and last is not None and last != plan.seconds and 0 < last < 60
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_the_bar_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    progress = BuildProgress(3)
+    progress.done()
+    progress.phase = "Timing tactics"
+    progress.watch("layers.1", 42.4, 3.2)
+    progress.watch("layers.1", None, 4.0)
+    progress.close()
+    assert "1/3 parts" in screen.getvalue()
+    assert (
+        "layers.1 3 s, 42 s last time: Timing tactics" in screen.getvalue()
+        and "layers.1 4 s: Timing" in screen.getvalue()
+    )
 
 
 def altered(change: Callable[[onnx.ModelProto], object]) -> Callable[[Path], Path]:

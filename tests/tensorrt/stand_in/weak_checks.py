@@ -94,6 +94,18 @@ def test_one_timing_cache_for_all_parts_and_only_times_in_its_file(onnx_path: Pa
     assert list(TimingCache(library, tmp_path / "cache").seconds) == ["layer"]
 
 
+def test_the_time_that_is_remembered_is_that_of_the_first_part_of_a_kind(
+    onnx_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, timing_cache=tmp_path / "cache")
+    with PlanBuilder(library, config, total=2) as builder:
+        monkeypatch.setattr(trt, "build_seconds", 0.2)
+        slow = builder.build(onnx_path, config.profiles(INPUTS), name="a", key="layer", weak=WEAK)
+        monkeypatch.setattr(trt, "build_seconds", 0.0)
+        fast = builder.build(onnx_path, config.profiles(INPUTS), name="b", key="layer", weak=WEAK)
+    assert fast.seconds < slow.seconds == TimingCache(library, tmp_path / "cache").seconds["layer"]
+
+
 def test_a_later_version_reads_what_was_measured_unless_it_was_altered(onnx_path: Path, tmp_path: Path) -> None:
     later = replace(library, version=(9, 3))
     file = tmp_path / "cache"
