@@ -41,7 +41,7 @@ def build(
         most 8192). max_tokens_per_step: most new tokens that one step takes, which is how prompts are chunked
         (default: 256, for TensorRT 2048). Both go before those of `config`.
     config: for TensorRT, how to build. kernels: for TensorRT, attention and sampling kernels that were compiled
-        elsewhere, for a machine without triton; see `llmlab.build_tensorrt.compile_for`.
+        elsewhere, by `llmlab.build_tensorrt.kernels_for`, for a machine without triton.
     overwrite: replace an engine that is there.
     Raises InputError for a graph that isn't a serving graph, an unknown target, or sizes the model doesn't allow;
     for TensorRT also UnsupportedModelError that names a node, and EngineError where a part can't be built.

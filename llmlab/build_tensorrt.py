@@ -28,11 +28,12 @@ from llmlab.tensorrt.attention_node import AttentionNode
 from llmlab.tensorrt.builder import PlanBuilder
 from llmlab.tensorrt.config import BuildConfig
 from llmlab.tensorrt.gpu import visible_gpu
+from llmlab.tensorrt.inspect import inspect_plan
 from llmlab.tensorrt.library import Library, resolve
 from llmlab.tensorrt.precision import WeakTyping
 
 LAYERS = "layers.json"
-"""How long each part took to build, and its layers where TensorRT lists them."""
+"""How long each part took to build, and the layers that it was compiled to, as the build listed them or the engine inspector."""
 _MOST_ELEMENTS = (1 << 31) - 1  # of a tensor that TensorRT addresses
 
 
@@ -84,30 +85,40 @@ def prepare(graph: Graph, target: str, config: BuildConfig, max_seq_len: int) ->
 def write(build: Build, kernels: KernelSet | None, work: Path, max_seq_len: int) -> None:
     """Compile and write all files but the manifest and the graph's assets. Ctrl-C stops in the middle."""
     if kernels is None:
-        kernels = compile_for(build)
+        kernels = compile_for(build.variants, build.program.tensors["logits"].width, build.capabilities)
     kernels.write(work)
     write_json(work / PROGRAM, build.program.to_dict())
     save_file = require("safetensors.numpy", "tensorrt").save_file
     save_file(dict(build.lowered.tables), work / TABLES)
     parts = [part for part in build.lowered.parts if isinstance(part, Dense)]
     plans = [step.plan for step in build.program.steps if isinstance(step, run.RunPlan)]
-    records, listed = [], set()
+    records: list[dict[str, Any]] = []
+    layers: dict[str, Any] = {}
     with PlanBuilder(build.library, build.config, total=len(parts)) as builder:
         for part, plan in zip(parts, plans, strict=True):
             made = _compile(builder, build, part, max_seq_len, work)
             (work / plan).write_bytes(made.data)
-            listing = "" if part.key in listed else made.listing
-            listed.add(part.key)
-            seconds = round(made.seconds, 3)
-            records.append({"plan": plan, "name": part.name, "key": part.key, "seconds": seconds, "listing": listing})
-    write_json(work / LAYERS, records)
+            records.append({"plan": plan, "name": part.name, "key": part.key, "seconds": round(made.seconds, 3)})
+            if part.key not in layers:  # parts of one key have the same
+                layers[part.key] = made.listing or inspect_plan(build.library, made.data, part.name)
+    write_json(work / LAYERS, {"parts": records, "layers": layers})
 
 
-def compile_for(build: Build) -> KernelSet:
-    """The kernels that an engine launches, for all GPUs that it is built for."""
-    architectures = [10 * major + minor for major, minor in build.capabilities]
-    vocab = build.program.tensors["logits"].width
-    sources = [source for variant in build.variants for source in attention_sources(variant)]
+def kernels_for(graph: Graph, config: BuildConfig) -> KernelSet:
+    """The kernels that an engine of this graph launches, compiled for `config.compute_capabilities` on a machine that needs
+    neither a GPU nor TensorRT: for `build(..., kernels=...)` on one that has no triton."""
+    if _dtype(graph) == "float32":
+        graph = convert(graph, config.precision)
+    lowered = lower(graph)
+    program = to_program(lowered)
+    kv = KVLayout("paged", config.precision, config.block_size, _kv_layers(graph))
+    variants = tuple(dict.fromkeys(_variants(lowered, program, kv)))
+    return compile_for(variants, program.tensors["logits"].width, config.compute_capabilities)
+
+
+def compile_for(variants: Iterable[AttentionVariant], vocab: int, capabilities: Iterable[tuple[int, int]]) -> KernelSet:
+    """Attention of these variants and sampling, for all GPUs named."""
+    sources = [source for variant in variants for source in attention_sources(variant)]
     bar, close = make_bar(0, unit="kernel")
 
     def progress(done: int, total: int) -> None:
@@ -115,6 +126,7 @@ def compile_for(build: Build) -> KernelSet:
         bar.update(done - bar.n)
 
     try:
+        architectures = [10 * major + minor for major, minor in capabilities]
         return compile_kernels([*sources, *sampling_sources(vocab), feed_source()], architectures, progress)
     finally:
         close()

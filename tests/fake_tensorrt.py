@@ -38,7 +38,9 @@ class FakeLibrary(Library):
 
     def __init__(self, driver: HostDriver) -> None:
         heard = SimpleNamespace(text="", out_of_memory=False, clear=lambda: None)
-        super().__init__("tensorrt", SimpleNamespace(), (8, 6, 1), None, heard)
+        super().__init__(
+            "tensorrt", SimpleNamespace(LayerInformationFormat=SimpleNamespace(JSON=None)), (8, 6, 1), None, heard
+        )
         object.__setattr__(self, "driver", driver)
         object.__setattr__(self, "refuse", None)
 
@@ -91,13 +93,14 @@ class FakeBuilder:
         io = {t.name: t.type.tensor_type.elem_type for t in (*model.graph.input, *model.graph.output)}
         types = {n: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(t)).name for n, t in io.items()}
         header = json.dumps({"types": {**types, **(weak.io if weak else {})}, "profiles": list(profiles)})
-        return Plan(memoryview(header.encode() + b"\n" + model.SerializeToString()), f"Layers:\n{name}", 0.5)
+        return Plan(memoryview(header.encode() + b"\n" + model.SerializeToString()), "", 0.5)
 
 
 class FakeEngine:
     def __init__(self, driver: HostDriver, plan: bytes) -> None:
         header, _, model = plan.partition(b"\n")
         facts = json.loads(header)
+        self.model = model
         self.driver, self.types, self.profiles = driver, facts["types"], facts["profiles"]
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
@@ -107,6 +110,10 @@ class FakeEngine:
         self.outputs = [o.name for o in self.session.get_outputs()]
         self.num_optimization_profiles = len(self.profiles)
         self.num_io_tensors = len(self.types)
+
+    def create_engine_inspector(self) -> Any:
+        layers = json.dumps({"Layers": [{"Name": n.name} for n in onnx.load_from_string(self.model).graph.node]})
+        return SimpleNamespace(get_engine_information=lambda form: layers)
 
     def get_tensor_name(self, number: int) -> str:
         return list(self.types)[number]
