@@ -11,7 +11,7 @@ from llmlab.runtime.batch import Backend
 from llmlab.runtime.blocks import BlockManager, IntegrityError
 from llmlab.runtime.inflight import Flight, Pipeline
 from llmlab.runtime.params import checked_integer
-from llmlab.runtime.request import FinishReason, Request, Sequence, checked_prompt, expand
+from llmlab.runtime.request import FinishReason, Request, Sequence, Status, checked_prompt, expand
 from llmlab.runtime.sampler import Sample, TokenLogprobs
 from llmlab.runtime.scheduler import Batching, Scheduler
 from llmlab.runtime.stats import CoreStats, StepStats
@@ -19,7 +19,7 @@ from llmlab.runtime.stats import CoreStats, StepStats
 NOT_FINITE = "the model returned logits without a finite largest value; its weights or their precision are at fault"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceUpdate:
     """What a step brought to one sequence. The token that ends an output (end of sequence, stop id) is part of it."""
 
@@ -66,6 +66,7 @@ class EngineCore:
         self._limits = limits
         self._eos_token_ids = frozenset(token for token in eos_token_ids if token < limits.vocab_size)
         self._blocks = BlockManager(limits.num_blocks, limits.block_size, prefix_cache=prefix_cache)
+        self._room = limits.num_blocks * limits.block_size
         self._scheduler = Scheduler(
             self._blocks, max_num_seqs=max_num_seqs, max_tokens_per_step=max_tokens_per_step, batching=batching
         )
@@ -114,7 +115,7 @@ class EngineCore:
         computed again, and what was being waited for isn't lost.
         """
         started = time.perf_counter()
-        stats, updates = StepStats(), []
+        stats, updates = None, []
         while self._pipeline.has_room:
             plan = self._scheduler.schedule(ahead=bool(self._pipeline.flights))
             self._release()
@@ -126,6 +127,7 @@ class EngineCore:
             stats, updates = flight.stats, self._take_in(flight, samples)
             self._release()
         told, self._cancelled = self._cancelled, []
+        stats = stats or StepStats()
         stats.step_s = time.perf_counter() - started
         self.stats.note(stats)
         return told + updates
@@ -149,41 +151,38 @@ class EngineCore:
     def _take_in(self, flight: Flight, samples: list[Sample] | EngineError) -> list[SequenceUpdate]:
         """Do to the sequences what a step did that is over."""
         works = not flight.void and not isinstance(samples, EngineError)
-        for sequence, count in flight.work:
-            flight.stats.dropped_tokens += count * sequence.finished
-            self._scheduler.settle(sequence, trusted=works)
+        flight.stats.dropped_tokens = self._scheduler.settle(flight.work, trusted=works)
         if flight.void:
             self._start_over(flight)
             return []
         if isinstance(samples, EngineError):
             return self._fail(flight, str(samples))
-        self._advance(flight)
+        self._record(flight)
         return self._append(flight, samples)
 
-    def _advance(self, flight: Flight) -> None:
+    def _record(self, flight: Flight) -> None:
         for (sequence, count), end in zip(flight.work, flight.ends, strict=True):
-            if not sequence.finished:
-                sequence.num_stored = end
-                if self._scheduler.shares_blocks(sequence):
-                    self._blocks.record(sequence.blocks, sequence.tokens[:end], end - count)
+            if self._scheduler.shares_blocks(sequence) and not sequence.finished:
+                self._blocks.record(sequence.blocks, sequence.tokens[:end], end - count)
 
     def _append(self, flight: Flight, samples: list[Sample]) -> list[SequenceUpdate]:
         updates = []
         for row, sample in zip(flight.ready, samples, strict=True):
             sequence, end = flight.work[row].sequence, flight.ends[row]
-            if sequence.finished:
+            if sequence.status is Status.FINISHED:
                 continue
+            token, logprobs = sample
             token_ids: list[int] = []
             reason: FinishReason | None = "error"
             error: str | None = NOT_FINITE
-            if sample.token_id is not None:
-                token_ids = [sample.token_id]
-                sequence.learn(end, sample.token_id)
-                reason, error = self._verdict(sequence, sample.token_id, end + 1)
+            if token is not None:
+                token_ids = [token]
+                sequence.learn(end, token)
+                reason, error = self._verdict(sequence, token, end + 1)
             if reason is not None:
-                self._end(sequence, reason, trusted=sample.token_id is not None)
-            logprobs = None if sample.logprobs is None else [sample.logprobs]
-            updates.append(SequenceUpdate(sequence.request_id, sequence.index, token_ids, logprobs, reason, error))
+                self._end(sequence, reason, trusted=token is not None)
+            told = None if logprobs is None else [logprobs]
+            updates.append(SequenceUpdate(sequence.request_id, sequence.index, token_ids, told, reason, error))
         return updates
 
     def _verdict(self, sequence: Sequence, token: int, num_tokens: int) -> tuple[FinishReason | None, str | None]:
@@ -192,9 +191,8 @@ class EngineCore:
             return "stop", None
         if num_tokens == len(sequence.tokens):
             return "length", None
-        if self._blocks.blocks_for(num_tokens) > self._blocks.num_blocks:
-            room = self._blocks.num_blocks * self._blocks.block_size
-            return "error", f"the sequence fills the whole KV pool of {room} tokens; lower max_tokens"
+        if num_tokens > self._room:
+            return "error", f"the sequence fills the whole KV pool of {self._room} tokens; lower max_tokens"
         return None, None
 
     def _fail(self, flight: Flight, text: str) -> list[SequenceUpdate]:

@@ -176,8 +176,10 @@ def _check_shape(what: str, array: NDArray, *expected: int) -> None:
 
 
 def _count(plan: Schedule) -> StepStats:
-    num_tokens = sum(count for _, count in plan.work)
-    num_decoded = sum(count == 1 and sequence.num_computed >= sequence.num_prompt for sequence, count in plan.work)
+    num_tokens = num_decoded = 0
+    for sequence, count in plan.work:
+        num_tokens += count
+        num_decoded += count == 1 and sequence.num_computed >= sequence.num_prompt
     return StepStats(
         steps=1,
         sequences=len(plan.work),

@@ -19,19 +19,19 @@ def pack(plan: Schedule) -> tuple[StepBatch, list[int]]:
     np.cumsum(counts, out=query_start[1:])
     num_rows = int(query_start[-1])
     if num_rows == len(sequences):
-        input_ids = np.array([sequence.tokens[sequence.num_computed] for sequence in sequences], np.int64)
+        input_ids = np.array([sequence.tokens.item(sequence.num_computed) for sequence in sequences], np.int64)
         position_ids = starts.astype(np.int64)
     else:
         input_ids = np.concatenate([s.tokens[s.num_computed : s.num_computed + count] for s, count in plan.work])
         position_ids = np.arange(num_rows, dtype=np.int64) + np.repeat(starts - query_start[:-1], counts)
     # Rows whose token is the last one of its sequence so far: what comes next is wanted.
-    ready = [i for i, (sequence, count) in enumerate(plan.work) if sequence.num_pending == count]
+    ready = [i for i, (s, count) in enumerate(plan.work) if s.num_tokens - s.num_computed == count]
     batch = StepBatch(
         input_ids=input_ids,
         position_ids=position_ids,
         query_start=query_start,
         kv_len=starts + counts,
-        block_table=np.stack([sequence.block_row for sequence in sequences]),
+        block_table=np.concatenate([s.block_row for s in sequences]).reshape(len(sequences), -1),
         logits_index=query_start[1:][ready].astype(np.int64) - 1,
         copies=tuple(plan.copies),
     )

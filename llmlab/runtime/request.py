@@ -124,7 +124,8 @@ class Sequence:
     def learn(self, position: int, token: int) -> None:
         """Token `position` has been chosen; the sequence may have gone on with it already."""
         self.tokens[position] = token
-        self.num_tokens = max(self.num_tokens, position + 1)
+        if self.num_tokens == position:
+            self.num_tokens += 1
 
 
 def checked_prompt(request: Request, limits: EngineLimits) -> NDArray[np.int64]:

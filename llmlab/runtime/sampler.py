@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,7 @@ class TokenLogprobs:
     """The most likely tokens as (token id, logprob), best first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """A chosen token; None when the logits hold no finite largest value, which means that the model's math broke."""
 
     token_id: int | None

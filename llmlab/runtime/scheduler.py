@@ -67,14 +67,22 @@ class Scheduler:
         else:
             self.blocks.free(sequence.blocks, keep=keep_blocks)
 
-    def settle(self, sequence: Sequence, *, trusted: bool) -> None:
-        """A step in flight that the sequence took part in is over. trusted=False: what it wrote is unknown."""
-        sequence.in_flight -= 1
-        if sequence.status is Status.FINISHED:
-            sequence.trusted &= trusted
-            if not sequence.in_flight:
-                self.leaving.remove(sequence)
-                self.blocks.free(sequence.blocks, keep=sequence.trusted)
+    def settle(self, work: Iterable[Work], *, trusted: bool) -> int:
+        """A step in flight is over. trusted=False: what it wrote is unknown. How many tokens were for ended sequences.
+
+        The blocks of those are given back now, unless the next step in flight writes them too.
+        """
+        num_dropped = 0
+        for sequence, count in work:
+            sequence.in_flight -= 1
+            sequence.num_stored += count
+            if sequence.status is Status.FINISHED:
+                num_dropped += count
+                sequence.trusted &= trusted
+                if not sequence.in_flight:
+                    self.leaving.remove(sequence)
+                    self.blocks.free(sequence.blocks, keep=sequence.trusted)
+        return num_dropped
 
     def preempt(self, sequence: Sequence, *, keep_blocks: bool = True) -> None:
         """Send a running sequence back to wait, to be computed again."""
@@ -100,8 +108,9 @@ class Scheduler:
             return Schedule()
         budget = self.max_tokens_per_step - len(plan.work)
         for sequence in self.running:
-            if sequence.num_pending > 1 and budget > 0:
-                count = min(sequence.num_pending, budget)
+            pending = sequence.num_tokens - sequence.num_computed
+            if pending > 1 and budget > 0:
+                count = min(pending, budget)
                 plan.work.append(Work(sequence, count))
                 budget -= count
         if not plan.num_preempted:  # what was just preempted would come straight back
@@ -134,15 +143,18 @@ class Scheduler:
 
     def _schedule_decodes(self, plan: Schedule, ahead: bool) -> bool:
         for sequence in list(self.running):  # oldest first, so a preempted one is never in the plan already
-            if sequence.status is Status.RUNNING and sequence.num_pending == 1:
+            if sequence.num_tokens - sequence.num_computed != 1 or sequence.status is not Status.RUNNING:
+                continue
+            if len(sequence.blocks) < self.blocks.blocks_for(sequence.num_tokens):
                 if not self._make_room(sequence, plan, ahead):
                     return False
-                if sequence.status is Status.RUNNING:
-                    plan.work.append(Work(sequence, 1))
+                if sequence.status is not Status.RUNNING:
+                    continue
+            plan.work.append(Work(sequence, 1))
         return True
 
     def _make_room(self, sequence: Sequence, plan: Schedule, ahead: bool) -> bool:
-        """Get the block that the next token needs, if it needs one. False: it takes preemption, which has to wait."""
+        """Get the block that the next token needs. False: that takes preemption, which has to wait."""
         while sequence.status is Status.RUNNING and len(sequence.blocks) < self.blocks.blocks_for(sequence.num_tokens):
             if self.blocks.num_available:
                 sequence.add_block(self.blocks.allocate_one())
