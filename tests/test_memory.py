@@ -82,3 +82,29 @@ def test_an_engine_of_1b(tmp_path: Path, dtype: str) -> None:
     sizes = SHAPES["tinyllama-1.1b"]
     checkpoint = write_checkpoint(tmp_path / "checkpoint", sizes, dtype, seed=0)
     assert cost(checkpoint, tmp_path, "open")["peak"] < 1.3 * 4 * parameters(sizes)
+
+
+LOWER = """
+import json, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from export_cost import Memory
+import llmlab as ll
+from llmlab.graph.lower.tensorrt import lower
+graph = ll.optimize(ll.export(Path(sys.argv[2])))
+memory = Memory()
+memory.sample()
+before, begin = memory.peaks["anonymous"], time.process_time()
+parts = lower(graph, dialect=17, weak_type="float16").parts
+memory.sample()
+print(json.dumps({"parts": len(parts), "seconds": time.process_time() - begin, "grown": memory.peaks["anonymous"] - before}))
+"""
+
+
+@pytest.mark.slow
+def test_a_7b_graph_is_lowered_without_its_weights(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", SHAPES["llama-2-7b"], "float16")
+    command = [sys.executable, "-c", LOWER, str(BENCHMARKS), str(checkpoint)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["parts"] == 65 and found["seconds"] < 10 and found["grown"] < 200 << 20, found
