@@ -138,6 +138,18 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         print("  ".join(str(row[c]).rjust(w) for c, w in zip(columns, widths, strict=True)))
 
 
+def write(path: Path, command: str, copy: float, **tables: list[dict[str, Any]]) -> None:
+    """The numbers and what they were measured on, as JSON; `copy` in TB/s."""
+    about = {
+        "gpu": torch.cuda.get_device_name(),
+        "copy_tb_per_s": round(copy, 2),
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+    }
+    data = {"command": command, "machine": describe() | about, **tables}
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
@@ -153,15 +165,7 @@ def main() -> None:
     prefill = [prefill_row(shape, b, n) for shape in PREFILL_HEADS for b, n in PREFILL]
     show("prefill, whole prompts", prefill)
     if given.json is not None:
-        about = {
-            "gpu": card.name,
-            "copy_tb_per_s": round(copy, 2),
-            "triton": triton.__version__,
-            "cuda": torch.version.cuda,
-        }
-        command = "python benchmarks/gpu_attention.py"
-        data = {"command": command, "machine": describe() | about, "decode": decode, "prefill": prefill}
-        given.json.write_text(json.dumps(data, indent=1) + "\n")
+        write(given.json, "python benchmarks/gpu_attention.py", copy, decode=decode, prefill=prefill)
 
 
 if __name__ == "__main__":

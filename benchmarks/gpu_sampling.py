@@ -11,14 +11,11 @@ thousands of tokens are likely, the worst case for top-p. Times are medians of C
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from gpu_attention import copy_bandwidth, replay_ms, show
-from machine import describe
+from gpu_attention import copy_bandwidth, replay_ms, show, write
 
 from llmlab.kernels.gpu import launch_sampling
 from llmlab.kernels.gpu.geometry import SamplingGrid
@@ -115,14 +112,7 @@ def main() -> None:
     ]
     show("one token a row", rows)
     if given.json is not None:
-        about = {
-            "gpu": card.name,
-            "copy_tb_per_s": round(copy, 2),
-            "triton": triton.__version__,
-            "cuda": torch.version.cuda,
-        }
-        data = {"command": "python benchmarks/gpu_sampling.py", "machine": describe() | about, "rows": rows}
-        given.json.write_text(json.dumps(data, indent=1) + "\n")
+        write(given.json, "python benchmarks/gpu_sampling.py", copy, rows=rows)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import SupportsInt
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple, SupportsInt
 
 import numpy as np
 
@@ -43,23 +46,12 @@ class TokenSampler:
         self._vocab, self._multiprocessors = vocab, device.multiprocessors
         self._kernels = {
             name: LoadedKernel(kernels, device, name, {**launch.constants, "dtype": dtype})
-            for name, launch in self._grid(1).launches().items()
+            for name, launch in SamplingGrid(1, vocab, 1).launches().items()
         }
-
-    def _grid(self, rows: int) -> SamplingGrid:
-        return SamplingGrid.fill(rows, self._vocab, self._multiprocessors)
-
-    def _scratch(self, rows: int) -> tuple[dict[str, int], int]:
-        """Where each part begins, and where the last ends, in bytes."""
-        starts, end = {}, 0
-        for name, (dtype, shape) in self._grid(rows).scratch_shapes.items():
-            starts[name] = end
-            end += int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return starts, end
 
     def scratch_bytes(self, rows: int) -> int:
         """What to allocate for steps of up to `rows` rows."""
-        return self._scratch(rows)[1]
+        return _plan(rows, self._vocab, self._multiprocessors).scratch_bytes
 
     def enqueue(self, stream: SupportsInt, pointers: SamplingPointers, *, rows: int, drawn: bool) -> None:
         """Fill `tokens` of `rows` rows. It only launches, so it can be captured in a CUDA graph.
@@ -72,10 +64,30 @@ class TokenSampler:
             raise EngineError(
                 f"sampling needs logits and scratch at multiples of 16 bytes, given {pointers}: lay them out so"
             )
-        grid = self._grid(rows)
-        starts = {name: pointers.scratch + start for name, start in self._scratch(rows)[0].items()}
-        values = {**vars(pointers), **starts, "splits": grid.splits}
-        for name, launch in grid.launches().items():
+        plan = _plan(rows, self._vocab, self._multiprocessors)
+        values = {**vars(pointers), "splits": plan.splits}
+        values |= {name: pointers.scratch + start for name, start in plan.scratch.items()}
+        for name, grid in plan.grids.items():
             if drawn or name in ("sample_peaks", "sample_choose"):
                 for step in range(6 if name == "sample_narrow" else 1):
-                    self._kernels[name].launch(launch.grid, {**values, "step": step}, stream)
+                    values["step"] = step
+                    self._kernels[name].launch(grid, values, stream)
+
+
+class _Plan(NamedTuple):
+    """What is launched for a number of rows."""
+
+    splits: int
+    grids: dict[str, tuple[int, ...]]
+    scratch: dict[str, int]
+    """Where each part begins, in bytes."""
+    scratch_bytes: int
+
+
+@lru_cache(maxsize=512)  # made once a number of rows: that costs more than the launches
+def _plan(rows: int, vocab: int, multiprocessors: int) -> _Plan:
+    grid = SamplingGrid.fill(rows, vocab, multiprocessors)
+    sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (dtype, shape) in grid.scratch_shapes.items()}
+    starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    grids = {name: launch.grid for name, launch in grid.launches().items()}
+    return _Plan(grid.splits, grids, starts, sum(sizes.values()))
