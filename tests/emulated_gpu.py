@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from fake_driver import FakeDriver
-from fake_kernels import kernel_of, parameters
+from fake_kernels import WORDS, kernel_of, parameters, record
 
 from llmlab.kernels.binaries import KernelSet
 from llmlab.kernels.compile import KernelSource
 
-_WORDS = {"i64": "q", "i32": "i4x", "fp32": "f4x"}
 _DTYPES = {
     "*fp16": torch.float16,
     "*bf16": torch.bfloat16,
@@ -38,7 +37,7 @@ class EmulatedGpu(FakeDriver):
         made = [(kernel_of(source, 90, b"kernel %d" % n), source) for n, source in enumerate(sources)]
         self.kernels = KernelSet(kernel for kernel, _ in made)
         self._sources = {kernel.cubin: source for kernel, source in made}
-        self.parameters = {kernel.cubin: len(kernel.parameters) + 2 for kernel, _ in made}
+        record(self, self.kernels)
         self._blocks: dict[int, Any] = {}
         self._recording: list[Callable[[], object]] | None = None
         self._graphs: dict[int, list[Callable[[], object]]] = {}
@@ -93,7 +92,7 @@ class EmulatedGpu(FakeDriver):
             if kind.startswith("*"):
                 given[parameter] = self._tensor(struct.unpack("Q", word)[0], _DTYPES[kind])
             else:
-                (given[parameter],) = struct.unpack("<" + _WORDS[kind], word)
+                (given[parameter],) = struct.unpack("<" + WORDS[kind], word)
         kernel = getattr(importlib.import_module(module), name)
         kernel[grid](**{parameter: given[parameter] for parameter in names})
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ast
+import struct
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from fake_driver import FakeDriver, Launch
 
 import llmlab
 from llmlab.kernels.binaries import Kernel, KernelSet
-from llmlab.kernels.compile import KernelSource, attention_sources
-from llmlab.kernels.gpu.geometry import AttentionVariant
+from llmlab.kernels.compile import KernelSource
+
+WORDS = {"ptr": "Q", "i64": "q", "i32": "i4x", "fp32": "f4x"}
+"""How the driver reads a parameter of 8 bytes, by its type."""
 
 
 def parameters(function: str) -> list[str]:
@@ -35,7 +42,20 @@ def kernel_of(source: KernelSource, architecture: int, cubin: bytes) -> Kernel:
     )
 
 
-def uncompiled(variant: AttentionVariant, architecture: int = 90) -> KernelSet:
-    """The kernels of `compile_attention`; each cubin is a text of its own."""
-    sources = enumerate(attention_sources(variant))
-    return KernelSet(kernel_of(source, architecture, f"{n} of {variant}".encode()) for n, source in sources)
+def uncompiled(sources: Iterable[KernelSource], architecture: int = 90) -> KernelSet:
+    """What `compile_kernels` gives; each cubin is a text of its own."""
+    return KernelSet(kernel_of(source, architecture, str(source).encode()) for source in sources)
+
+
+def record(fake: FakeDriver, kernels: KernelSet) -> None:
+    """Let `fake` know how many parameters each of these kernels has."""
+    fake.parameters = {kernel.cubin: len(kernel.parameters) + 2 for kernel in kernels.kernels}
+
+
+def values(launch: Launch, kernels: KernelSet) -> dict[str, Any]:
+    """What the kernel reads from its parameters; the two that Triton adds must be null."""
+    (names,) = {kernel.parameters for kernel in kernels.kernels if kernel.cubin == launch.cubin}
+    *given, first, second = launch.words
+    assert first == second == bytes(8)
+    pairs = zip(names, given, strict=True)
+    return {name: struct.unpack("<" + WORDS[kind], word)[0] for (name, kind), word in pairs}

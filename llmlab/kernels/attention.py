@@ -142,6 +142,8 @@ class PagedAttention:
         most `geometry.MOST_SPLITS`; 0 if there is no such sequence. blocks: of the pool.
         """
         kind, p = self.variant.kind, pointers
+        if splits > geometry.MOST_SPLITS:
+            raise ValueError(f"{splits} splits, more than the {geometry.MOST_SPLITS} whose results are merged")
         if self._write.aligned and (
             (p.q | p.k | p.v | p.q_scratch | p.out | p.pool | p.cos | p.sin | p.partial) & 15
             or (p.q_stride | p.k_stride | p.v_stride) & 15

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,43 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_driver import FakeDriver, Launch, installed
+from fake_kernels import record, uncompiled, values
 from test_gpu_sampling import DEVICE, Row, large_rows, normal, wrong_rows
 
 from llmlab.cuda import Device, DeviceBuffer, Stream
 from llmlab.errors import EngineError
-from llmlab.kernels.binaries import Kernel, KernelSet
 from llmlab.kernels.compile import compile_sampling, sampling_sources
-from llmlab.kernels.gpu import sampling
 from llmlab.kernels.sampling import SamplingPointers, TokenSampler
 
 VOCAB = 9000
 POINTERS = SamplingPointers(
     **{name: 0x7F00_0000_0000 + (n << 32) for n, name in enumerate(SamplingPointers.__dataclass_fields__)}
 )
-FORMATS = {"ptr": "Q", "i32": "i4x"}
 DRAWN = ["sample_peaks", *6 * ["sample_narrow"], "sample_weigh", "sample_choose"]
-
-
-def uncompiled(vocab: int, dtype: str = "float32") -> KernelSet:
-    """What `compile_sampling` gives, with the parameters that the Triton functions declare and no code."""
-    kernels = []
-    for source in sampling_sources(vocab, dtype):
-        name = source.function.partition(":")[2]
-        names = [p for p in getattr(sampling, name).arg_names if p not in source.constants]
-        types = tuple((p, "ptr" if source.types[p].startswith("*") else source.types[p]) for p in names)
-        kernels.append(
-            Kernel(name, source.labels, 90, types, source.options["num_warps"], 512, True, f"{name} {dtype}".encode())
-        )
-    return KernelSet(kernels)
 
 
 class Launched:
     """A sampler whose launches are recorded."""
 
     def __init__(self, fake: FakeDriver) -> None:
-        self.kernels = uncompiled(VOCAB)
-        self.parameters = {k.name: k.parameters for k in self.kernels.kernels}
-        fake.parameters = {k.cubin: len(k.parameters) + 2 for k in self.kernels.kernels}
+        self.kernels = uncompiled(sampling_sources(VOCAB))
+        record(fake, self.kernels)
         self.fake, self.device = fake, Device.open()
         self.sampler = TokenSampler(self.kernels, self.device, VOCAB)
 
@@ -55,12 +38,8 @@ class Launched:
         self.sampler.enqueue(77, pointers, rows=rows, drawn=drawn)
         return self.fake.launches
 
-    def values(self, launch: Launch) -> dict[str, int]:
-        """What the kernel reads from its parameters; the two that Triton adds must be null."""
-        parameters = self.parameters[launch.kernel]
-        *given, first, second = launch.words
-        assert first == second == bytes(8)
-        return {n: struct.unpack("<" + FORMATS[k], word)[0] for (n, k), word in zip(parameters, given, strict=True)}
+    def values(self, launch: Launch) -> dict[str, Any]:
+        return values(launch, self.kernels)
 
 
 @pytest.fixture
@@ -123,7 +102,7 @@ def test_compiled_kernels_have_the_parameters_that_are_launched() -> None:
     compiled = compile_sampling(VOCAB, [90])
     shapes = [
         {(k.name, str(sorted(k.constants.items())), k.parameters, k.num_warps, k.aligned) for k in kernels.kernels}
-        for kernels in (compiled, uncompiled(VOCAB))
+        for kernels in (compiled, uncompiled(sampling_sources(VOCAB)))
     ]
     assert shapes[0] == shapes[1]
     assert all(kernel.cubin.startswith(b"\x7fELF") for kernel in compiled.kernels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,16 +10,14 @@ from typing import Any
 
 import pytest
 from fake_driver import FakeDriver, Launch, installed
-from fake_kernels import uncompiled
+from fake_kernels import record, uncompiled, values
 
 from llmlab.cuda import Device
 from llmlab.errors import EngineError
 from llmlab.kernels.attention import AttentionPointers, PagedAttention, TokenLocator, scratch_bytes
+from llmlab.kernels.compile import attention_sources
 from llmlab.kernels.gpu import geometry
 from llmlab.kernels.gpu.geometry import AttentionKind, AttentionVariant
-
-FORMATS = {"ptr": "Q", "i64": "q", "i32": "i4x", "fp32": "f4x"}
-
 
 SMALL = AttentionVariant(AttentionKind(4, 2, 16, 16, window=40, softcap=3.0, sinks=True), rotary=16)
 POINTERS = AttentionPointers(
@@ -39,10 +36,8 @@ class Launched:
     """A layer of SMALL whose launches are recorded."""
 
     def __init__(self, fake: FakeDriver) -> None:
-        kernels = uncompiled(SMALL)
-        self.fake = fake
-        self.parameters = {k.cubin: k.parameters for k in kernels.kernels}
-        fake.parameters = {k.cubin: len(k.parameters) + 2 for k in kernels.kernels}
+        self.fake, self.kernels = fake, (kernels := uncompiled(attention_sources(SMALL)))
+        record(fake, kernels)
         device = Device.open()
         self.locator = TokenLocator(kernels, device, SMALL.kind.block_size)
         self.layer = PagedAttention(kernels, device, SMALL, 0.25)
@@ -54,13 +49,7 @@ class Launched:
         return self.fake.launches
 
     def values(self, launch: Launch) -> dict[str, Any]:
-        """What the kernel reads from its parameters; the two that Triton adds must be null."""
-        parameters = self.parameters[launch.cubin]
-        *given, first, second = launch.words
-        assert first == second == bytes(8)
-        return {
-            n: struct.unpack("<" + FORMATS[kind], word)[0] for (n, kind), word in zip(parameters, given, strict=True)
-        }
+        return values(launch, self.kernels)
 
 
 @pytest.fixture
@@ -113,6 +102,13 @@ def test_a_decode_step_has_no_prefill_and_without_splits_no_merge(launched: Laun
     assert [launch.kernel for launch in launched.enqueue(splits=0)] == ["rope_and_write", "paged_prefill"]
 
 
+def test_more_splits_than_are_merged_are_refused(launched: Launched) -> None:
+    assert launched.enqueue(splits=64)
+    with pytest.raises(ValueError, match="65 splits, more than the 64"):
+        launched.enqueue(splits=65)
+    assert not launched.fake.launches
+
+
 def test_few_new_tokens_a_sequence_get_small_tiles(launched: Launched) -> None:
     small, large = launched.enqueue(tokens=10)[1], launched.enqueue(tokens=300)[1]
     assert small.grid[0] == 10 // 8 + 5 and large.grid[0] == 300 // 64 + 5
@@ -150,7 +146,7 @@ def test_a_gpu_that_the_engine_was_not_built_for() -> None:
         installed(FakeDriver((8, 6))),
         pytest.raises(EngineError, match=r"no kernels for this GPU \(sm_86\), only for sm_90"),
     ):
-        PagedAttention(uncompiled(SMALL), Device.open(), SMALL, 1.0)
+        PagedAttention(uncompiled(attention_sources(SMALL)), Device.open(), SMALL, 1.0)
 
 
 def test_scratch_holds_every_split_that_is_chosen() -> None:

@@ -13,6 +13,7 @@ from fake_kernels import uncompiled
 from llmlab.errors import EngineError
 from llmlab.kernels import binaries
 from llmlab.kernels.binaries import KernelSet
+from llmlab.kernels.compile import attention_sources
 from llmlab.kernels.gpu import geometry
 from llmlab.kernels.gpu.geometry import AttentionKind, AttentionVariant
 
@@ -21,9 +22,13 @@ VARIANT = AttentionVariant(KIND, rotary=16)
 MERGE = VARIANT.constants(geometry.merge(KIND, 1))
 
 
+def kernels_of(variant: AttentionVariant, architecture: int = 90) -> KernelSet:
+    return uncompiled(attention_sources(variant), architecture)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (uncompiled(VARIANT, 80) + uncompiled(VARIANT, 90)).write(tmp_path)
+    (kernels_of(VARIANT, 80) + kernels_of(VARIANT, 90)).write(tmp_path)
     return tmp_path
 
 
@@ -37,15 +42,15 @@ def refused(folder: Path) -> str:
 
 def test_what_is_written_is_read(folder: Path) -> None:
     read = KernelSet.read(folder)
-    assert read.kernels == (uncompiled(VARIANT, 80) + uncompiled(VARIANT, 90)).kernels
+    assert read.kernels == (kernels_of(VARIANT, 80) + kernels_of(VARIANT, 90)).kernels
     assert read.architectures == (80, 90) and len(read.kernels) == 14
     assert {p.name for p in folder.iterdir()} == {"kernels.json", *(k.file for k in read.kernels)}
 
 
 def test_layers_of_one_variant_share_their_kernels() -> None:
-    once = uncompiled(VARIANT)
+    once = kernels_of(VARIANT)
     assert len((once + once).kernels) == len(once.kernels) == 7
-    windowed = uncompiled(AttentionVariant(AttentionKind(4, 2, 16, 16, window=8), rotary=16))
+    windowed = kernels_of(AttentionVariant(AttentionKind(4, 2, 16, 16, window=8), rotary=16))
     assert len((once + windowed).kernels) == 7 + 4, "the write, the merge and the slots don't know of the window"
 
 
@@ -67,7 +72,7 @@ def test_a_cubin_is_for_its_architecture_and_before_hopper_for_later_minors(
 
 
 def test_the_nearest_architecture_is_preferred() -> None:
-    kernels = uncompiled(VARIANT, 80) + uncompiled(VARIANT, 86)
+    kernels = kernels_of(VARIANT, 80) + kernels_of(VARIANT, 86)
     assert [kernels.find("merge_splits", MERGE, (8, minor)).architecture for minor in (0, 6, 9)] == [80, 86, 86]
 
 
