@@ -14,7 +14,7 @@ from llmlab.graph.graph import Graph
 from llmlab.graph.lower.tensorrt import lower
 from llmlab.tensorrt.builder import build_plan
 from llmlab.tensorrt.config import BuildConfig
-from llmlab.tensorrt.layers import Listing, Value, parse_listing
+from llmlab.tensorrt.layers import Layer, Listing, Value, parse_listing
 from llmlab.tensorrt.library import resolve
 
 PRECISIONS = ("float16", "bfloat16", *RECIPES)
@@ -103,13 +103,16 @@ def check_products(listing: Listing, precision: str, quantised: int) -> None:
     assert read == quantised * PROFILES, "products left in half precision"
     if recipe.activations:
         assert {x.inputs[0].dtype for x in narrow} == {recipe.listed}, "activations widened in front of a product"
-    apart = [x.name for x in listing.layers if x not in narrow and any(_is_matrix(v, recipe) for v in x.constants)]
+    apart = [x.name for x in listing.layers if x not in narrow and _widens(x, recipe)]
     assert not apart, "weights widened by a layer of their own"
+
+
+def _widens(layer: Layer, recipe: Recipe) -> bool:
+    """Whether a layer reads a quantised matrix and gives it in another type. (To look rows of one up is no harm.)"""
+    shapes = [v.shape for v in layer.outputs if v.dtype != recipe.listed]
+    matrices = (v.shape for v in layer.constants if v.dtype == recipe.listed and len(v.shape) == 2)
+    return any(shape in shapes or shape[::-1] in shapes for shape in matrices)
 
 
 def _plain(value: Value) -> str:
     return value.name.partition(" [profile")[0]
-
-
-def _is_matrix(value: Value, recipe: Recipe) -> bool:
-    return value.dtype == recipe.listed and len(value.shape) == 2 and min(value.shape) > 1
