@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 import steps
 import tiny
+from attention_forms import FORMS, PLAN, VOCAB, form
 from conftest import Store
 from onnx.reference import ReferenceEvaluator
 from small_graphs import ops
-from steps import RAGGED, worst_error
+from steps import RAGGED, Plan, worst_error
 
 import llmlab as ll
 from llmlab.errors import UnsupportedModelError
@@ -42,16 +45,16 @@ def layout(batch: StepBatch) -> dict[str, np.ndarray]:
     return {"unpack_index": unpack, "pack_index": pack, "write_index": write}
 
 
-def error(graph: Graph, hosted: Graph) -> float:
-    """How far the hosted graph's logits are from the serving graph's, relative to the largest; worst of RAGGED's steps."""
+def error(graph: Graph, hosted: Graph, plan: Plan = RAGGED, vocab: int = tiny.VOCAB) -> float:
+    """How far the hosted graph's logits are from the serving graph's, relative to the largest; worst of the plan's steps."""
     evaluator = ReferenceEvaluator(hosted.to_onnx(), new_ops=list(KERNELS))
     pasts = [t for t in hosted.surgeon.inputs if t.name.startswith("past_")]
     caches = {t.name: np.zeros((SLOTS, *t.shape[1:]), t.dtype) for t in pasts}
     interpreter = Interpreter(graph, SLOTS, CAPACITY)
-    tables = steps.slot_tables(RAGGED, [4, 0, 2, 5, 1])
+    tables = steps.slot_tables(plan, [4, 0, 2, 5, 1])
     idle = dict.fromkeys(range(SLOTS), 0)
     worst = 0.0
-    for batch, _ in steps.batches(RAGGED, tiny.VOCAB, tables, steps.all_rows):
+    for batch, _ in steps.batches(plan, vocab, tables, steps.all_rows):
         feeds = steps.feeds(batch)
         where = layout(batch)
         absent = [s for s in range(SLOTS) if s not in batch.block_table[:, 0]]
@@ -70,6 +73,22 @@ def test_slots_compute_what_blocks_do(store: Store, name: str) -> None:
     hosted = native(ll.convert(graph, "float16"))
     assert "PagedAttention" not in ops(hosted) and ops(hosted)["TensorScatter"] == 4 and ops(hosted)["Attention"] == 2
     assert error(graph, hosted) < 2e-2
+
+
+NATIVE = {name: options for name, options in FORMS.items() if not options.keys() & {"softcap", "sinks"}}
+
+
+@pytest.mark.parametrize("options", NATIVE.values(), ids=NATIVE)
+def test_every_form_that_it_has(options: dict[str, Any]) -> None:
+    graph = form(options)
+    assert error(graph, native(ll.convert(graph, "float16")), PLAN, VOCAB) < 5e-3
+
+
+@pytest.mark.parametrize("taken", ["rotary", "interleaved", "window", "alibi"])
+def test_every_part_of_a_form_matters(taken: str) -> None:
+    full: dict[str, Any] = {"rotary": 8, "interleaved": 1, "window": 3, "alibi": True}
+    less = form({name: value for name, value in full.items() if name != taken})
+    assert error(form(full), native(ll.convert(less, "float16")), PLAN, VOCAB) > 0.05
 
 
 def test_a_mask_that_is_off_by_one_would_be_seen(store: Store) -> None:
