@@ -7,6 +7,7 @@ Shared by whoever hosts it: the piecewise executor and the TensorRT plugin. Once
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, SupportsInt
 
 from llmlab.cuda import Device, fill_async
@@ -118,6 +119,7 @@ class PagedAttention:
         self._decode = load("paged_decode", geometry.decode(kind, 1, 1))
         self._decode_split = load("paged_decode", geometry.decode(kind, 1, 2))
         self._merge = load("merge_splits", geometry.merge(kind, 1))
+        self._plan = lru_cache(maxsize=512)(self._launches)  # working it out costs the host more than the launches
         self._prefill = {
             launch.constants["ROWS"]: load("paged_prefill", launch) for launch in geometry.prefill_launches(kind)
         }
@@ -142,8 +144,6 @@ class PagedAttention:
         most `geometry.MOST_SPLITS`; 0 if there is no such sequence. blocks: of the pool.
         """
         kind, p = self.variant.kind, pointers
-        if splits > geometry.MOST_SPLITS:
-            raise ValueError(f"{splits} splits, more than the {geometry.MOST_SPLITS} whose results are merged")
         if self._write.aligned and (
             (p.q | p.k | p.v | p.q_scratch | p.out | p.pool | p.cos | p.sin | p.partial) & 15
             or (p.q_stride | p.k_stride | p.v_stride) & 15
@@ -160,13 +160,26 @@ class PagedAttention:
             "splits": splits,
             "num_seqs": batch,
         }
-        self._write.launch(self.variant.write(tokens).grid, values, stream)
+        (write, grid), *attend = self._plan(tokens, batch, decode, splits)
+        write.launch(grid, values, stream)
         values["q"], values["q_stride"] = p.q_scratch, kind.num_heads * kind.head_dim
+        for kernel, grid in attend:
+            kernel.launch(grid, values, stream)
+
+    def _launches(
+        self, tokens: int, batch: int, decode: bool, splits: int
+    ) -> tuple[tuple[LoadedKernel, tuple[int, ...]], ...]:
+        """What is launched for a step of this shape: the write, then attention."""
+        kind = self.variant.kind
+        if splits > geometry.MOST_SPLITS:
+            raise ValueError(f"{splits} splits, more than the {geometry.MOST_SPLITS} whose results are merged")
+        found = [(self._write, self.variant.write(tokens).grid)]
         if not decode:
             prefill = geometry.prefill(kind, tokens, batch, decodes=False)
-            self._prefill[prefill.constants["ROWS"]].launch(prefill.grid, values, stream)
+            found.append((self._prefill[prefill.constants["ROWS"]], prefill.grid))
         if splits:
             attend = self._decode_split if splits > 1 else self._decode
-            attend.launch(geometry.decode(kind, batch, splits).grid, values, stream)
+            found.append((attend, geometry.decode(kind, batch, splits).grid))
         if splits > 1:
-            self._merge.launch(geometry.merge(kind, batch).grid, values, stream)
+            found.append((self._merge, geometry.merge(kind, batch).grid))
+        return tuple(found)
