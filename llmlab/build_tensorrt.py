@@ -62,6 +62,8 @@ def prepare(graph: Graph, target: str, config: BuildConfig, max_seq_len: int) ->
     """Lower a serving graph. Raises InputError for what this TensorRT can't do, UnsupportedModelError that names a node."""
     library = resolve("tensorrt-rtx" if target == "tensorrt-rtx" else "tensorrt")
     hosting = library.hosting(config.attention)
+    if hosting == "native":
+        raise InputError("attention='native' can be lowered and compiled, not run: build with 'plugin' or 'piecewise'")
     dtype = _dtype(graph)
     weak = None
     if not library.strongly_typed:

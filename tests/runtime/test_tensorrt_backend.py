@@ -187,6 +187,23 @@ def test_submitted_steps_refer_to_the_tokens_of_the_one_before(backend: Any) -> 
     assert np.abs(got.logits - second[[0, 2]]).max() < 1e-5
 
 
+def test_an_interrupted_submit_leaves_nothing_half_done(
+    backend: Any, gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its integers are read before the next step's are written in their place."""
+    want = backend.execute(prompt(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(backend.executor), "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backend.submit(decodes(3), greedy(3))
+    assert not gpu.driver._queue
+    assert (backend.execute(prompt(3)) == want).all()
+
+
+def interrupted(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_chunk_without_logits_brings_no_tokens(backend: Any) -> None:
     result = backend.submit(replace(prompt(2), logits_index=np.zeros(0, np.int64)), greedy(0)).result()
     assert result.token_ids.shape == (0,) and result.logits.shape == (0, VOCAB)

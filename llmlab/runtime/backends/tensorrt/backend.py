@@ -136,6 +136,9 @@ class TensorRTBackend:
             results.finish(self._stream)
         except EngineError as error:
             raise self._told(error) from error
+        except BaseException:  # Ctrl-C: what was enqueued must be over before its staging is filled anew
+            self._stream.synchronize()
+            raise
         self._steps += 1
         return Submitted(results, self._told)
 
