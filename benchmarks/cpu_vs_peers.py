@@ -21,7 +21,9 @@ from typing import Any
 import machine
 import numpy as np
 from peers import GENAI, RUNTIMES, Peer
-from shapes import SHAPES, checkpoint
+from shapes import checkpoint
+
+from llmlab.zoo.shapes import SHAPES
 
 DEFAULT = ("transformers", "onnxruntime-genai", "onnxruntime-genai-pruned", "llmlab")
 TASKS = ("prefill", "decode B=1", "decode B=8")

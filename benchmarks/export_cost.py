@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from checkpoints import SHAPES, tensors, write_checkpoint
+
+from llmlab.zoo.shapes import SHAPES, tensors, write_checkpoint
 
 _SAMPLE_S = 0.02
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import machine
 import numpy as np
-from shapes import SHAPES, checkpoint, engine
+from shapes import checkpoint, engine
 
 import llmlab as ll
+from llmlab.zoo.shapes import SHAPES
 
 PROMPT, OUTPUT = (8, 384), (4, 192)
 """Shortest and longest, in tokens; uniform between."""

@@ -18,7 +18,8 @@ import onnx
 import onnxruntime as ort
 from machine import describe, summary
 from onnx import TensorProto, helper, numpy_helper
-from shapes import SHAPES
+
+from llmlab.zoo.shapes import SHAPES
 
 ROWS = {"decode, batch 1": 1, "decode, batch 8": 8, "prefill, 128 tokens": 128}
 

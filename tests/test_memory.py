@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from llmlab.zoo.shapes import SHAPES, tensors, write_checkpoint
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from checkpoints import SHAPES, tensors, write_checkpoint  # noqa: E402
 
 WIDE = {
     **SHAPES["llama-2-7b"],
