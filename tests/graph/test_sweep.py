@@ -8,10 +8,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import steps
 import sweep
 import tiny
+from numpy.typing import NDArray
 from test_architectures import SEEN, TOLERANCE, controls, in_flight
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -21,6 +23,15 @@ from llmlab.graph.export import export
 from llmlab.graph.optimize import optimize
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def oracle(model: Any) -> list[NDArray[np.float32]]:
+    """Transformers' cached generation; where that contradicts its own answer to the whole sequence, the latter, which
+    is what was exported: Moshi's cache forgets what its mask still shows."""
+    cached = steps.cached_generation(model, steps.PREEMPTED, tiny.VOCAB)
+    whole = steps.all_at_once(model, steps.PREEMPTED, tiny.VOCAB, max(map(len, cached)))
+    agree = all(steps.worst_error(a, b) < TOLERANCE for a, b in zip(cached, whole, strict=True))
+    return cached if agree else whole
 
 
 @pytest.mark.slow
@@ -42,7 +53,7 @@ def test_whatever_else_is_right_or_refused(tmp_path: Path, model_type: str, capf
         outcome["refused"] = str(refusal).replace(f"{tmp_path / 'checkpoint'}: ", "").replace(str(tmp_path), "")
         assert "\n" not in str(refusal) and "Traceback" not in capfd.readouterr().err
     else:
-        expected = steps.cached_generation(model, steps.PREEMPTED, tiny.VOCAB)
+        expected = oracle(model)
         error, wrong = in_flight(engine, expected), controls(engine, expected)
         outcome["error"] = error
         assert error < TOLERANCE
