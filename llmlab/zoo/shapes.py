@@ -91,7 +91,7 @@ def write_checkpoint(
     name, values = _NAMES[dtype]
     shards = _shards(sizes, name, np.dtype(values).itemsize, shard_bytes)
     size = sum(math.prod(shape) for _, shape in tensors(sizes)) * np.dtype(values).itemsize
-    index = {}
+    index: dict[str, str] = {}
     with atomic_folder(folder, overwrite=False, marker="config.json") as work, byte_bar(size, "weights") as advance:
         for i, entries in enumerate(shards, 1):
             file = f"model-{i:05}-of-{len(shards):05}.safetensors"
@@ -100,7 +100,9 @@ def write_checkpoint(
             with (work / file).open("wb") as out:
                 out.write(len(header).to_bytes(8, "little") + header)
                 out.truncate(len(header) + 8 + max(e["data_offsets"][1] for e in entries.values()))
-                for number, entry in enumerate(entries.values() if seed is not None else ()):
+                for number, entry in enumerate(entries.values()):
+                    if seed is None:
+                        break
                     random = np.random.default_rng([seed, i, number])
                     out.write(_draw(random, entry["shape"]).astype(values).view(np.uint8).data)
                     advance(entry["data_offsets"][1] - entry["data_offsets"][0])
