@@ -9,15 +9,13 @@ CUDA-graph replays; `layer` adds RoPE and the write of keys and values; `host_us
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_attention import median_ms, random_step, replay_ms, show
-from machine import describe
+from gpu_attention import copy_bandwidth, median_ms, random_step, replay_ms, show, write
 
 from llmlab.cuda import Device, Graph, Stream
 from llmlab.kernels.attention import AttentionPointers, PagedAttention, TokenLocator
@@ -156,9 +154,8 @@ def main() -> None:
     ]
     show("decode, then whole prompts (splits 0)", rows)
     if given.json is not None:
-        command = "python benchmarks/aot_attention.py"
-        about = describe() | {"gpu": card.name, "compile_s": round(seconds, 1)}
-        given.json.write_text(json.dumps({"command": command, "machine": about, "rows": rows}, indent=1) + "\n")
+        compiled = [{"kernels": len(kernels.kernels), "seconds": round(seconds, 1)}]
+        write(given.json, "python benchmarks/aot_attention.py", copy_bandwidth(), compiled=compiled, rows=rows)
 
 
 if __name__ == "__main__":
