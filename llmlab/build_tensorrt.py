@@ -102,8 +102,16 @@ def write(build: Build, kernels: KernelSet | None, work: Path, max_seq_len: int)
             (work / plan).write_bytes(made.data)
             records.append({"plan": plan, "name": part.name, "key": part.key, "seconds": round(made.seconds, 3)})
             if part.key not in layers:  # parts of one key have the same
-                layers[part.key] = made.listing or inspect_plan(build.library, made.data, part.name)
+                layers[part.key] = made.listing or _inspected(build.library, made.data, part.name)
     write_json(work / LAYERS, {"parts": records, "layers": layers})
+
+
+def _inspected(library: Library, plan: memoryview, name: str) -> dict[str, Any]:
+    """What the engine inspector says; an engine is none the worse where that can't be read."""
+    try:
+        return inspect_plan(library, plan, name)
+    except EngineError as problem:
+        return {"error": str(problem)}
 
 
 def kernels_for(graph: Graph, config: BuildConfig) -> KernelSet:
