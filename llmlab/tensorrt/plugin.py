@@ -4,6 +4,9 @@ Needs a TensorRT with Python plugins and aliased plugin I/O: tensorrt ≥ 10.3, 
 plugin by the node's domain. Its kernels are the ones that piecewise hosting launches (`llmlab/kernels/attention.py`), on
 the stream that TensorRT hands to `enqueue`; how they are cut into programs depends on shapes alone, so an execution may be
 captured in a CUDA graph.
+
+Engines with it are built and looked into for every family, and its launches are run by Triton's interpreter; no GPU that
+runs such an engine was at hand.
 """
 
 from __future__ import annotations
@@ -200,9 +203,13 @@ def _plugin_class(trt: Any, host: PluginHost) -> Any:
 
         @recorded
         def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            # Kernels are loaded here: `enqueue` may be captured in a CUDA graph, where nothing can be loaded.
+            self._loaded(inputs)  # not in `enqueue` first: that may be captured, and a capture loads nothing
+
+        def _loaded(self, inputs: Sequence[Any]) -> AttentionLaunch | None:
+            """The layer's kernels on the GPU; None in a plugin that is being built."""
             if self._kernels is not None and self._launch is None:
                 self._launch = AttentionLaunch(self._node, *self._kernels, _names(t.type for t in inputs))
+            return self._launch
 
         @recorded
         def enqueue(
@@ -214,10 +221,7 @@ def _plugin_class(trt: Any, host: PluginHost) -> Any:
             workspace: int,
             stream: int,
         ) -> None:
-            if self._kernels is None:
-                return
-            if self._launch is None:
-                raise EngineError("TensorRT ran PagedAttention without naming its shapes first")
-            self._launch.enqueue([tuple(t.dims) for t in input_desc], inputs, outputs[0], workspace, stream)
+            if (launch := self._loaded(input_desc)) is not None:
+                launch.enqueue([tuple(t.dims) for t in input_desc], inputs, outputs[0], workspace, stream)
 
     return PagedAttentionPlugin

@@ -194,6 +194,13 @@ def test_kernels_are_loaded_once_and_not_while_it_runs(fake: FakeDriver) -> None
     assert {name for name, _ in fake.calls} == {"cuLaunchKernel"}, "a capture allows nothing else"
 
 
+def test_an_execution_that_no_shapes_were_named_for_loads_its_kernels(fake: FakeDriver) -> None:
+    plugin = plugin_of(NODE, EveryKernel())
+    inputs = [SimpleNamespace(dims=shape, type=trt.float16) for shape in shapes(NODE, 2, 2, 4)]
+    plugin.enqueue(inputs, [], list(addresses(NODE).values()), [0, 0], WORKSPACE, STREAM)
+    assert len(fake.launches) == 2
+
+
 def test_what_the_driver_refuses_is_an_error_of_the_step(fake: FakeDriver) -> None:
     fake.refuse["cuLaunchKernel"] = "CUDA_ERROR_INVALID_VALUE"
     with pytest.raises(EngineError, match="CUDA_ERROR_INVALID_VALUE"), plugin_host(trt).reporting():
