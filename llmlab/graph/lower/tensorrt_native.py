@@ -52,6 +52,7 @@ class _Native:
         self._distances: gs.Variable | None = None
         self._row: gs.Variable | None = None
         self._masks: dict[int, gs.Variable] = {}
+        self._biases: dict[tuple[int, bytes], gs.Variable] = {}
 
     def lower(self, node: gs.Node, layer: int) -> None:
         edit, attrs, where = self._edit, node.attrs, scope(node)
@@ -73,9 +74,8 @@ class _Native:
             edit.surgeon.inputs.append(past)
             edit.surgeon.outputs.append(present)
             cache.append(present)
-        seen = self._mask(attrs["window"])
         slopes = operand(node, 10)
-        mask = seen if slopes is None else self._biased(where, seen, slopes, dtype)
+        mask = self._mask(attrs["window"]) if slopes is None else self._biased(attrs["window"], slopes, dtype)
         out = edit.add("Attention", where, [*cache, mask], {"scale": attrs["scale"]}, dtype=dtype, shape=q.shape)
         edit.replace(node.outputs[0], self._by_token(where, out, heads * dim))
         node.outputs.clear()
@@ -142,17 +142,22 @@ class _Native:
             self._masks[window] = seen
         return self._masks[window]
 
-    def _biased(self, where: str, seen: gs.Variable, slopes: gs.Tensor, dtype: np.dtype) -> gs.Variable:
-        """ALiBi: slope · (key − query) for what is seen, as a mask that is added to the scores [R, heads, S, capacity]."""
+    def _biased(self, window: int, slopes: gs.Tensor, dtype: np.dtype) -> gs.Variable:
+        """ALiBi: slope · (key − query) for what is seen, as a mask that is added to the scores [R, heads, S, capacity]; one for
+        all layers with the same window and slopes."""
         values = array(slopes).astype(np.float32).reshape(1, -1, 1, 1)
+        key = (window, values.tobytes())
+        if key in self._biases:
+            return self._biases[key]
         shape = ["R", values.size, "S", self._capacity]
         distance = self._distance()
-        wide = self._add("Cast", where, distance, shape=distance.shape, dtype=_WIDE, to=onnx_dtype(_WIDE))
-        slope = self._edit.constant(f"{where}/slopes", values)
-        bias = self._add("Mul", where, wide, slope, shape=shape, dtype=_WIDE)
-        least = self._edit.constant(f"{where}/least", np.array(np.finfo(np.float16).min, np.float32))
-        masked = self._add("Where", where, seen, bias, least, shape=shape, dtype=_WIDE)
-        return self._add("Cast", where, masked, shape=shape, dtype=dtype, to=onnx_dtype(dtype))
+        wide = self._add("Cast", "mask", distance, shape=distance.shape, dtype=_WIDE, to=onnx_dtype(_WIDE))
+        slope = self._edit.constant("mask/slopes", values)
+        bias = self._add("Mul", "mask", wide, slope, shape=shape, dtype=_WIDE)
+        least = self._edit.constant("mask/least", np.array(np.finfo(np.float16).min, np.float32))
+        masked = self._add("Where", "mask", self._mask(window), bias, least, shape=shape, dtype=_WIDE)
+        self._biases[key] = self._add("Cast", "mask", masked, shape=shape, dtype=dtype, to=onnx_dtype(dtype))
+        return self._biases[key]
 
     def _ints(self, *values: int) -> gs.Constant:
         return self._edit.constant("sizes", np.array(values, np.int64))
