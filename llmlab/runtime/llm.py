@@ -24,18 +24,11 @@ if TYPE_CHECKING:
 DEFAULT_NUM_SEQS = 32
 
 
-class EngineLengths(Protocol):
-    """What LLM reads of an engine's limits."""
-
-    @property
-    def max_tokens_per_step(self) -> int: ...
-
-
 class EngineManifest(Protocol):
     """What LLM reads of an engine's manifest."""
 
     @property
-    def limits(self) -> EngineLengths: ...
+    def max_num_seqs(self) -> int: ...
 
     @property
     def eos_token_ids(self) -> Sequence[int]: ...
@@ -262,7 +255,7 @@ def open_engine(
 
         engine = Engine.load(engine)
     if max_num_seqs is None:
-        max_num_seqs = min(DEFAULT_NUM_SEQS, engine.manifest.limits.max_tokens_per_step)
+        max_num_seqs = min(DEFAULT_NUM_SEQS, engine.manifest.max_num_seqs)
     if isinstance(max_num_seqs, bool) or not isinstance(max_num_seqs, int) or max_num_seqs < 1:
         raise InputError(f"max_num_seqs is {max_num_seqs!r}, expected an integer of at least 1")
     tokenizer = Tokenizer(engine.path) if (engine.path / "tokenizer.json").is_file() else None

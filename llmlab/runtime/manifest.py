@@ -85,6 +85,12 @@ class Manifest:
         return self.limits.max_seq_len
 
     @property
+    def max_num_seqs(self) -> int:
+        """Sequences in a step, at most: each has a token in it."""
+        steps = self.limits.max_tokens_per_step
+        return steps if self.compiled is None else min(steps, self.compiled.max_batch)
+
+    @property
     def config(self) -> ModelConfig:
         return ModelConfig.from_hf(self.model, where=MANIFEST)
 

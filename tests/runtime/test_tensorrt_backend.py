@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tiny import VOCAB
 import llmlab as ll
 from llmlab.errors import EngineError, GpuLostError, InputError
 from llmlab.runtime.batch import BlockCopy, Pipelined, SamplingBatch, StepBatch
+from llmlab.runtime.manifest import Manifest
 
 CONFIG = ll.BuildConfig(
     precision="float32", block_size=16, max_batch=12, max_tokens_per_step=80, compute_capabilities=((9, 0),)
@@ -274,6 +276,8 @@ def test_other_machines_are_refused(folder: Path, gpu: SimpleNamespace) -> None:
 def test_options_of_the_other_kind_of_engine(store: Store, folder: Path) -> None:
     with pytest.raises(InputError, match="max_num_seqs is 13, expected an integer from 1 to 12"):
         ll.Engine.load(folder).backend(max_num_seqs=13)
+    with ll.LLM(folder, kv_blocks=BLOCKS) as llm:
+        assert llm.core.backend.max_batch == 12, "by default as many sequences as a step holds"
     with pytest.raises(InputError, match="threads is for onnxruntime engines"):
         ll.LLM(folder, threads=2)
     with pytest.raises(InputError, match="kv_blocks is for TensorRT engines"):
@@ -290,6 +294,55 @@ def test_a_plan_that_was_altered(folder: Path, tmp_path: Path) -> None:
         EngineError, match=r"part000.plan: its sha256 is not the manifest's: altered, build the engine again"
     ):
         ll.Engine.load(copy)
+
+
+def step(kind: str, field: str, value: Any) -> Any:
+    """A change to the first step of its kind."""
+
+    def change(program: dict[str, Any]) -> None:
+        next(s[kind] for s in program["steps"] if kind in s)[field] = value
+
+    return change
+
+
+def tensor(**changes: Any) -> Any:
+    return lambda program: program["tensors"]["logits"].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda program: program.pop("steps"), "'steps'"),
+        (lambda program: program["steps"].pop(0), "before anything made it"),
+        (lambda program: program["steps"].pop(), "the program makes no logits"),
+        (tensor(dtype="float16"), "logits are not float32"),
+        (tensor(width=-4), "which is no tensor"),
+        (tensor(rows="X"), "which is no tensor"),
+        (step("plan", "plan", "../../etc/passwd"), "'../../etc/passwd' is no file of the engine"),
+        (step("plan", "inputs", {"input_ids": "elsewhere"}), "binds elsewhere, which is not there"),
+        (step("attend", "layer", 7), "uses KV pool 7 of 2"),
+        (step("attend", "kv_heads", 3), "has heads"),
+        (step("attend", "head_dim", 32), "has other heads than KV pool 0"),
+        (step("attend", "q", {"tensor": "logits", "offset": 0}), "which are not there"),
+        (step("attend", "v", {"tensor": "qkv", "offset": 1 << 20}), "which are not there"),
+        (step("attend", "scale", "much"), "has scale, window and softcap"),
+        (step("attend", "tables", {"cos": "no", "sin": "no"}), "reads cos from 'no', which is not there"),
+        (step("attend", "tables", {"cos": "no"}), "has tables cos"),
+        (step("attend", "out", "logits"), "which hasn't 4 heads of 16"),
+    ],
+)
+def test_programs_that_cannot_be_believed(folder: Path, tmp_path: Path, change: Any, message: str) -> None:
+    """Changed and signed anew, as someone who means harm would."""
+    copy = Path(shutil.copytree(folder, tmp_path / "e"))
+    program = json.loads((copy / "program.json").read_text())
+    change(program)
+    (copy / "program.json").write_text(json.dumps(program))
+    manifest = Manifest.read(copy)
+    (copy / "manifest.json").unlink()
+    manifest.write(copy)
+    with pytest.raises(EngineError) as caught:
+        ll.Engine.load(copy).backend(max_num_seqs=2, kv_blocks=BLOCKS)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_interrupted_build_leaves_nothing(

@@ -54,6 +54,10 @@ class ToyManifest:
     max_seq_len: int = 96
     limits: ToyLimits = field(default_factory=ToyLimits)
 
+    @property
+    def max_num_seqs(self) -> int:
+        return self.limits.max_tokens_per_step
+
 
 @dataclass
 class ToyEngine:

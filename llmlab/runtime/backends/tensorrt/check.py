@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
 from llmlab.files import plain_name
 from llmlab.runtime.backends.tensorrt.bindings import POOL, UPDATED
 from llmlab.runtime.backends.tensorrt.memory import ITEM_BYTES, lifetimes
@@ -33,6 +39,23 @@ def check_program(program: Program, manifest: Manifest) -> None:
     lifetimes(program)
 
 
+def check_tables(program: Program, tables: Mapping[str, NDArray[np.float32]], max_seq_len: int) -> None:
+    """Raises ValueError for the first table that attention would read past its end."""
+    for step in (s for s in program.steps if isinstance(s, Attend)):
+        shapes = {what: tables[name].shape if name in tables else () for what, name in step.tables.items()}
+        for what, shape in shapes.items():
+            if what in ("cos", "sin"):
+                fits = len(shape) == 2 and shape[0] >= max_seq_len and 1 <= 2 * shape[1] <= step.head_dim
+            else:
+                fits = shape == (step.num_heads,)
+            if not fits:
+                raise ValueError(
+                    f"{step.name} reads {what} from {step.tables[what]!r}, which is {shape or 'not there'}"
+                )
+        if shapes.get("cos") != shapes.get("sin"):
+            raise ValueError(f"{step.name} has RoPE tables of different shapes")
+
+
 def _check_plan(step: RunPlan, manifest: Manifest) -> None:
     if not plain_name(step.plan) or step.plan not in manifest.files:
         raise ValueError(f"{step.plan!r} is no file of the engine")
@@ -46,6 +69,13 @@ def _check_attend(step: Attend, program: Program, manifest: Manifest) -> None:
         raise ValueError(f"{step.name} uses KV pool {step.layer!r} of {len(manifest.kv.layers)}")
     if manifest.kv.layers[step.layer] != (step.kv_heads, step.head_dim):
         raise ValueError(f"{step.name} has other heads than KV pool {step.layer}")
+    numbers = (step.scale, step.window, step.softcap)
+    if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers) or type(step.window) is not int:
+        raise ValueError(f"{step.name} has scale, window and softcap {numbers}")
+    if not set(step.tables) <= {"cos", "sin", "alibi_slopes", "sinks"} or ("cos" in step.tables) != (
+        "sin" in step.tables
+    ):
+        raise ValueError(f"{step.name} has tables {', '.join(sorted(step.tables))}")
     out = program.tensors.get(step.out)
     if out is None or out.width != step.num_heads * step.head_dim or out.rows != "T":
         raise ValueError(f"{step.name} writes {step.out}, which hasn't {step.num_heads} heads of {step.head_dim}")

@@ -15,7 +15,7 @@ from llmlab.kernels.binaries import KernelSet
 from llmlab.runtime.backends.tensorrt.attention import AttentionLayers, Tables
 from llmlab.runtime.backends.tensorrt.backend import TensorRTBackend
 from llmlab.runtime.backends.tensorrt.bindings import Bindings
-from llmlab.runtime.backends.tensorrt.check import check_program
+from llmlab.runtime.backends.tensorrt.check import check_program, check_tables
 from llmlab.runtime.backends.tensorrt.executor import Executor
 from llmlab.runtime.backends.tensorrt.memory import Activations, KVPool, pool_blocks
 from llmlab.runtime.backends.tensorrt.parts import Part
@@ -46,7 +46,7 @@ def open_backend(
     library.require_gpu()
     device = Device.open()
     check_gpu(folder, compiled, device)
-    program, tables = read_program(folder, manifest), read_tables(folder, manifest)
+    program, tables = read_program(folder, manifest)
     kernels = KernelSet.read(folder)
     limits = manifest.limits
     blocks_a_sequence = -(-limits.max_seq_len // manifest.kv.capacity)
@@ -107,19 +107,20 @@ def check_gpu(folder: Path, compiled: Compiled, device: Device) -> None:
         )
 
 
-def read_program(folder: Path, manifest: Manifest) -> Program:
-    """Raises EngineError for a program that isn't one, or that doesn't fit the manifest."""
+def read_program(folder: Path, manifest: Manifest) -> tuple[Program, Tables]:
+    """Raises EngineError for a program that isn't one, that doesn't fit the manifest, or whose tables are not there."""
     path = folder / PROGRAM
-    data = read_json(path, EngineError)
+    data, tables = read_json(path, EngineError), _read_tables(folder, manifest)
     try:
         program = Program.from_dict(data)
         check_program(program, manifest)
+        check_tables(program, tables, manifest.max_seq_len)
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise EngineError(f"{path}: {problem or type(problem).__name__}: altered, build the engine again") from problem
-    return program
+    return program, tables
 
 
-def read_tables(folder: Path, manifest: Manifest) -> Tables:
+def _read_tables(folder: Path, manifest: Manifest) -> Tables:
     load = require("safetensors.numpy", "tensorrt").load
     try:
         tables = load(_read(folder, TABLES, manifest))
