@@ -121,8 +121,8 @@ def test_spans_of_a_block_are_where_the_kernels_look() -> None:
 @pytest.mark.parametrize(
     ("given_size", "error", "message"),
     [
-        ({"kv_blocks": 0}, InputError, "kv_blocks is 0, expected an integer of at least 1"),
-        ({"kv_blocks": True}, InputError, "kv_blocks is True, expected an integer of at least 1"),
+        ({"kv_blocks": 0}, InputError, "kv_blocks is 0, expected an integer from 1 to 16777216"),
+        ({"kv_blocks": True}, InputError, "kv_blocks is True, expected an integer from 1 to"),
         ({"kv_memory_fraction": 1.5}, InputError, "kv_memory_fraction is 1.5, expected a number above 0, at most 1"),
         ({"kv_memory_fraction": float("nan")}, InputError, "kv_memory_fraction is nan, expected"),
         ({"kv_blocks": 1, "kv_memory_fraction": 0.5}, InputError, "are both given, expected one of them"),
@@ -145,5 +145,8 @@ def test_pools_take_what_was_asked() -> None:
     device: Any = SimpleNamespace(free_memory=1_000_000_000)
     assert pool_blocks(LAYOUT, device, 10, kv_blocks=77, kv_memory_fraction=None) == 77
     assert pool_blocks(LAYOUT, device, 10, kv_blocks=None, kv_memory_fraction=None) == 10
+    assert pool_blocks(LAYOUT, device, 10, 4, kv_blocks=None, kv_memory_fraction=0.5) == 4
+    with pytest.raises(InputError, match="kv_blocks is 5, expected an integer from 1 to 4"):
+        pool_blocks(LAYOUT, device, 10, 4, kv_blocks=5, kv_memory_fraction=None)
     assert pool_blocks(LAYOUT, device, 10, kv_blocks=None, kv_memory_fraction=0.5) == 500_000_000 // 1280
     assert pool_blocks(LAYOUT, device, 1 << 30, kv_blocks=None, kv_memory_fraction=None) == 900_000_000 // 1280

@@ -14,6 +14,8 @@ ALIGN = 256
 """Bytes; what TensorRT asks of an address, and more than the kernels do."""
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4, "int64": 8, "int8": 1, "float8_e4m3fn": 1}
 DEFAULT_FRACTION = 0.9
+MOST_BLOCKS = 1 << 24
+"""Of a KV pool; the host keeps books about each."""
 
 Span = tuple[int, int]
 """First and last step, both included."""
@@ -137,14 +139,21 @@ def block_bytes(layout: KVLayout) -> int:
 
 
 def pool_blocks(
-    layout: KVLayout, device: Device, wanted: int, *, kv_blocks: int | None, kv_memory_fraction: float | None
+    layout: KVLayout,
+    device: Device,
+    wanted: int,
+    most: int = MOST_BLOCKS,
+    *,
+    kv_blocks: int | None,
+    kv_memory_fraction: float | None,
 ) -> int:
-    """How many blocks the pool gets. wanted: the default, where memory allows. Raises InputError for sizes that are none or
+    """How many blocks the pool gets. wanted: the default, where memory allows; most: what the engine takes. Raises InputError for sizes that are none or
     don't fit, EngineError where not even one block fits."""
     if kv_blocks is not None and kv_memory_fraction is not None:
         raise InputError("kv_blocks and kv_memory_fraction are both given, expected one of them")
-    if kv_blocks is not None and (isinstance(kv_blocks, bool) or not isinstance(kv_blocks, int) or kv_blocks < 1):
-        raise InputError(f"kv_blocks is {kv_blocks!r}, expected an integer of at least 1")
+    whole = isinstance(kv_blocks, int) and not isinstance(kv_blocks, bool)
+    if kv_blocks is not None and not (whole and 1 <= kv_blocks <= most):
+        raise InputError(f"kv_blocks is {kv_blocks!r}, expected an integer from 1 to {most}")
     fraction = DEFAULT_FRACTION if kv_memory_fraction is None else kv_memory_fraction
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise InputError(f"kv_memory_fraction is {fraction!r}, expected a number above 0, at most 1")
@@ -156,7 +165,7 @@ def pool_blocks(
                 f"free: lower kv_blocks to {free // one} or less"
             )
         return kv_blocks
-    fitting = min(int(free * fraction) // one, 1 << 24)
+    fitting = min(int(free * fraction) // one, most)
     if fitting < 1:
         raise EngineError(
             f"out of GPU memory: one KV block takes {one / 1e9:.3f} GB and {fraction:.0%} of {free / 1e9:.2f} GB free are "

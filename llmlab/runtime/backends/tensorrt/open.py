@@ -60,10 +60,11 @@ def open_backend(
     staging = Staging(*sizes, blocks_a_sequence)
     attention = AttentionLayers(program, manifest.kv, tables, kernels, device, sizes)
     tokens = Tokens(kernels, device, vocab, compiled.max_batch)
+    most = min(part.most_blocks for part in parts.values())
     wanted = 2 * max_num_seqs * blocks_a_sequence
     pool = KVPool(
         manifest.kv,
-        pool_blocks(manifest.kv, device, wanted, kv_blocks=kv_blocks, kv_memory_fraction=kv_memory_fraction),
+        pool_blocks(manifest.kv, device, wanted, most, kv_blocks=kv_blocks, kv_memory_fraction=kv_memory_fraction),
     )
     addresses = {
         **activations.addresses,

@@ -8,8 +8,9 @@ from typing import Any
 
 from llmlab.cuda import DeviceBuffer, Stream
 from llmlab.errors import EngineError
-from llmlab.runtime.backends.tensorrt.bindings import Bindings
+from llmlab.runtime.backends.tensorrt.bindings import POOL, Bindings
 from llmlab.runtime.backends.tensorrt.buckets import StepShape
+from llmlab.runtime.backends.tensorrt.memory import MOST_BLOCKS
 from llmlab.runtime.program import RunPlan
 from llmlab.tensorrt.library import Library
 
@@ -56,6 +57,14 @@ class Part:
     def scratch_bytes(self) -> int:
         """Device memory that the largest of its profiles needs while it runs."""
         return max(self._library.memory(self._engine, p) for p in range(len(self._profiles)))
+
+    @property
+    def most_blocks(self) -> int:
+        """KV blocks that it was built for, at most; attention between the parts takes any number."""
+        pools = [
+            r[n][1][1] for r in self._profiles for n, tensor in self.step.inputs.items() if tensor.startswith(POOL)
+        ]
+        return min(pools, default=MOST_BLOCKS)
 
     def bind(self, bindings: Bindings, scratch: DeviceBuffer, stream: Stream) -> None:
         """Make a context for every profile. Raises EngineError where types differ from the program's."""
