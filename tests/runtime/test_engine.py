@@ -150,6 +150,8 @@ def test_a_manifest_that_is_none(folder: Path, text: str) -> None:
         lambda d: d.update(files=[]),
         lambda d: d["files"].update({"model.onnx": 3}),
         lambda d: d.update(generation=5),
+        lambda d: d.update(compiled=5),
+        lambda d: d.update(compiled={"library": "TensorRT 8.6.1"}),
     ],
 )
 def test_fields_that_are_missing_or_absurd(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -157,10 +159,21 @@ def test_fields_that_are_missing_or_absurd(folder: Path, change: Callable[[dict[
     assert "a field is missing or malformed" in refusal(folder)
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "", "../x"])
+@pytest.mark.parametrize("target", ["openvino", "", "../x"])
 def test_another_target(folder: Path, target: str) -> None:
     rewrite(folder, lambda d: d.update(target=target))
-    assert f"built for {target!r}, this llmlab runs onnxruntime" in refusal(folder)
+    assert f"built for {target!r}, this llmlab runs onnxruntime, tensorrt, tensorrt-rtx" in refusal(folder)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_a_target_that_it_was_not_built_for(folder: Path, target: str) -> None:
+    rewrite(folder, lambda d: d.update(target=target))
+    assert "doesn't say how it was compiled: altered, build the engine again" in refusal(folder)
+
+
+def test_engines_from_before_there_were_other_targets_open(folder: Path) -> None:
+    rewrite(folder, lambda d: d.pop("compiled"))
+    assert Engine.load(folder).manifest.compiled is None
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/file", "..", ""])
