@@ -7,6 +7,7 @@ from typing import Any
 from tiny import MAX_LEN, VOCAB, randomise
 
 _MOST_PARAMETERS = 4_000_000
+_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 _SIZES: dict[str, int] = {
     **dict.fromkeys(
         ("hidden_size", "n_embd", "d_model", "embed_dim", "embedding_size", "word_embed_proj_dim", "dim"), 64
@@ -19,9 +20,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "d_kv", "global_head_dim"), 16),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
-    **dict.fromkeys(
-        ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions"), MAX_LEN
-    ),
+    **dict.fromkeys((*_LENGTHS, "max_target_positions"), MAX_LEN),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
     **dict.fromkeys(
@@ -76,6 +75,8 @@ def _make(model_type: str, change: dict[str, Any]) -> Any:
         if isinstance(kinds, list) and kinds and not isinstance(getattr(type(default), name, None), property):
             sizes[name] = [kinds[0], next((k for k in kinds if k != kinds[0]), kinds[0])]
     config = AutoConfig.for_model(model_type, **{**sizes, "pad_token_id": None, **change})
+    if all(_value(config, name) is None for name in _LENGTHS):
+        config.seq_length = MAX_LEN  # as checkpoints of models without a limit of their own say it
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if count > _MOST_PARAMETERS:
