@@ -160,7 +160,8 @@ ENGINES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest edited": (lambda e: _manifest(e, sign=False, eos_token_ids=[7]), "its contents are not what was built"),
     "manifest missing": (lambda e: (e / "manifest.json").unlink(), "no manifest.json there"),
     "of the future": (lambda e: _manifest(e, format=2), "engine format 2"),
-    "for another target": (lambda e: _manifest(e, target="tensorrt"), "built for 'tensorrt'"),
+    "for another target": (lambda e: _manifest(e, target="abacus"), "built for 'abacus'"),
+    "for a GPU, it says": (lambda e: _manifest(e, target="tensorrt"), "doesn't say how it was compiled"),
 }
 
 
