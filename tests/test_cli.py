@@ -112,6 +112,11 @@ def test_model_output_cannot_steer_the_terminal() -> None:
         (["run", "elsewhere", "x"], "elsewhere is no engine"),
         (["chat", "elsewhere"], "elsewhere is no engine"),
         (["bench", "toy", "--batch", "1,x"], "'1,x'"),
+        (["bench"], "give an engine folder or a --shape"),
+        (["bench", "toy", "--shape", "tiny"], "one of the two"),
+        (["bench", "--shape", "llama-9"], "no shape 'llama-9', expected one of: tiny,"),
+        (["bench", "--shape", "tiny", "--target", "abacus"], "'abacus'; available"),
+        (["bench", "--shape", "tiny", "--prompt-len", "4000", "--output-len", "97"], "tiny takes 4096"),
         (["bench", "toy", "--prompt-len", "90", "--output-len", "90"], "this engine holds 96"),
         (["inspect", "/nowhere"], "/nowhere"),
         (["optimize", "/nowhere", "-o", "out"], "/nowhere"),
@@ -236,7 +241,7 @@ def test_bench_measures(engine: ToyEngine) -> None:
         assert row["prefill_tokens_per_s"] > 0 and 0 <= row["outside_backend_share"] < 1
         assert row["decode_tokens_per_s"] == pytest.approx(row["batch"] / row["decode_step_ms"] * 1e3)
     table = runner.invoke(cli.app, arguments[:-1])
-    assert "prefill tokens/s" in table.stdout and table.stdout.count("ms") == 2
+    assert all(word in table.stdout for word in ("prefill", "first", "decode")) and table.stdout.count(" ms ") == 4
 
 
 def test_bench_counts_what_it_says(engine: ToyEngine) -> None:
@@ -252,9 +257,20 @@ def test_bench_counts_what_it_says(engine: ToyEngine) -> None:
         return execute(batch)
 
     engine.made.execute = timed  # type: ignore[method-assign]
-    prefill, step, outside = speed._once(llm.core, 2, 5, 4, np.random.default_rng(0))
+    prefill, step, outside, whole = speed._once(llm.core, 2, 5, 4, np.random.default_rng(0))
     assert prefill == pytest.approx(10 / (0.02 + 0.01 * 8), rel=0.25)
     assert step == pytest.approx(0.02, rel=0.25) and 0 <= outside < 0.2
+    assert whole == pytest.approx(0.02 + 0.01 * 8 + 3 * 0.02, rel=0.25)
+
+
+def test_bench_builds_a_model_in_the_sizes_of_a_known_one() -> None:
+    arguments = ["bench", "--shape", "tiny", "--batch", "2", "--prompt-len", "8", "--output-len", "4", "--repeat", "1"]
+    result = runner.invoke(cli.app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    [row] = found["rows"]
+    assert found["engine"] == "tiny on onnxruntime" and row["batch"] == 2
+    assert row["tokens_per_s"] < row["decode_tokens_per_s"] and row["first_token_ms"] > 0
 
 
 @pytest.mark.parametrize("bad", ["", "0", "1,-2", "a", "1,,2"])

@@ -5,6 +5,7 @@ Everything heavy is imported inside the verbs, so that `llmlab --help` is quick 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -230,7 +231,14 @@ def chat(
 
 @app.command()
 def bench(
-    engine: options.EngineFolder,
+    engine: Annotated[
+        Path | None, typer.Argument(help="Engine folder that `llmlab build` wrote; or name a --shape.", show_default="")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Build and measure a model of random weights in these sizes, such as llama-2-7b or tiny."),
+    ] = None,
+    target: Annotated[str, typer.Option(help="With --shape: what its engine runs on.")] = "onnxruntime",
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas between them.")] = "1,8",
     prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
     output_len: Annotated[int, typer.Option(min=2, help="Tokens to generate for each prompt.")] = 64,
@@ -240,13 +248,24 @@ def bench(
 ) -> None:
     """Measure prefill and decode speed on random tokens, in tokens per second.
 
-    **Example:** `llmlab bench engines/tinychat --batch 1,4,16 --prompt-len 128 --output-len 64`
+    **Examples:** `llmlab bench engines/tinychat --batch 1,4,16 --prompt-len 128 --output-len 64`
+
+    `llmlab bench --shape llama-2-7b --target tensorrt --batch 1,8,64 --output-len 128`
     """
     from llmlab.cli import speed
+    from llmlab.errors import InputError
 
     sizes = speed.batch_sizes(batch)
-    rows = speed.measure(engine, sizes, prompt_len=prompt_len, output_len=output_len, repeat=repeat, threads=threads)
-    speed.show(rows, engine, as_json=as_json)
+    if (engine is None) == (shape is None):
+        raise InputError("give an engine folder or a --shape, one of the two")
+    with ExitStack() as stack:
+        if shape is not None:
+            engine = stack.enter_context(speed.built(shape, target, sizes, prompt_len, output_len))
+        assert engine is not None
+        rows = speed.measure(
+            engine, sizes, prompt_len=prompt_len, output_len=output_len, repeat=repeat, threads=threads
+        )
+    speed.show(rows, str(engine) if shape is None else f"{shape} on {target}", as_json=as_json)
 
 
 app.command()(inspect)

@@ -1,10 +1,12 @@
-"""`llmlab bench`: prefill and decode speed of an engine on random tokens."""
+"""`llmlab bench`: prefill and decode speed on random tokens, of an engine or of one built in the sizes of a known model."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +28,10 @@ class BenchRow:
     output_len: int
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
+    tokens_per_s: float
+    """Generated tokens by the time of the whole run, prompts included."""
+    first_token_ms: float
+    """Until every sequence has its first token."""
     decode_step_ms: float
     """Mean time of a step in which every sequence decodes one token."""
     outside_backend_share: float
@@ -41,6 +47,31 @@ def batch_sizes(text: str) -> list[int]:
     if not sizes or min(sizes) < 1:
         raise InputError(f"--batch is {text!r}, expected positive integers such as 1,8")
     return sizes
+
+
+@contextmanager
+def built(shape: str, target: str, sizes: Sequence[int], prompt_len: int, output_len: int) -> Iterator[Path]:
+    """The folder of an engine of random weights in the sizes of a known model, built for these batches, then removed."""
+    import llmlab as ll
+    from llmlab.build import check_target
+    from llmlab.zoo.shapes import sizes_of, write_checkpoint
+
+    model = sizes_of(shape)
+    check_target(target)
+    longest = prompt_len + output_len
+    if longest > model["max_position_embeddings"]:
+        raise InputError(
+            f"prompt and output are {prompt_len} + {output_len} tokens, {shape} takes {model['max_position_embeddings']}: "
+            "give a smaller --prompt-len or --output-len"
+        )
+    config = None
+    if target != "onnxruntime":
+        step = min(8192, max(sizes) * max(prompt_len, 1))
+        config = ll.BuildConfig(max_batch=max(sizes), max_tokens_per_step=step, decode_buckets=tuple(sizes))
+    with tempfile.TemporaryDirectory(prefix="llmlab-bench-") as folder:
+        checkpoint = write_checkpoint(Path(folder) / "checkpoint", model, "float16", seed=0)
+        graph = ll.optimize(ll.export(checkpoint))
+        yield ll.build(graph, Path(folder) / "engine", target=target, max_seq_len=longest, config=config).path
 
 
 def measure(
@@ -73,6 +104,8 @@ def measure(
                     output_len,
                     prefill_tokens_per_s=max(t[0] for t in tries),
                     decode_tokens_per_s=size / min(t[1] for t in tries),
+                    tokens_per_s=size * output_len / min(t[3] for t in tries),
+                    first_token_ms=size * prompt_len / max(t[0] for t in tries) * 1e3,
                     decode_step_ms=min(t[1] for t in tries) * 1e3,
                     outside_backend_share=min(tries, key=lambda t: t[1])[2],
                 )
@@ -80,22 +113,25 @@ def measure(
     return rows
 
 
-def show(rows: Sequence[BenchRow], engine: Path, *, as_json: bool) -> None:
+def show(rows: Sequence[BenchRow], what: str, *, as_json: bool) -> None:
+    """what: the engine's path, or the shape and target that were measured."""
     if as_json:
-        print(json.dumps({"engine": str(engine), "rows": [asdict(row) for row in rows]}, indent=2))
+        print(json.dumps({"engine": what, "rows": [asdict(row) for row in rows]}, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{engine}: {rows[0].prompt_len} tokens in, {rows[0].output_len} out")
-    for name in ("batch", "prefill tokens/s", "decode tokens/s", "decode step", "outside backend"):
+    table = Table(title=f"{what}: {rows[0].prompt_len} tokens in, {rows[0].output_len} out")
+    for name in ("batch", "prefill tokens/s", "first token", "decode tokens/s", "decode step", "tokens/s", "outside"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             str(row.batch),
             f"{row.prefill_tokens_per_s:,.0f}",
+            f"{row.first_token_ms:,.1f} ms",
             f"{row.decode_tokens_per_s:,.1f}",
             f"{row.decode_step_ms:.2f} ms",
+            f"{row.tokens_per_s:,.1f}",
             f"{row.outside_backend_share:.1%}",
         )
     Console().print(table)
@@ -103,12 +139,12 @@ def show(rows: Sequence[BenchRow], engine: Path, *, as_json: bool) -> None:
 
 def _once(
     core: EngineCore, size: int, prompt_len: int, output_len: int, random: np.random.Generator
-) -> tuple[float, float, float]:
-    """(prefill tokens per second, seconds of a decode step, share of it outside the backend)."""
+) -> tuple[float, float, float, float]:
+    """(prefill tokens per second, seconds of a decode step, share of it outside the backend, seconds of a whole run)."""
     prefill_s, _ = _drive(core, size, prompt_len, 1, random)
-    _, steps = _drive(core, size, prompt_len, output_len, random)
+    whole_s, steps = _drive(core, size, prompt_len, output_len, random)
     seconds, execute = sum(step for step, _ in steps), sum(inside for _, inside in steps)
-    return size * prompt_len / prefill_s, seconds / len(steps), 1 - execute / seconds
+    return size * prompt_len / prefill_s, seconds / len(steps), 1 - execute / seconds, whole_s
 
 
 def _drive(
