@@ -32,12 +32,14 @@ from llmlab.zoo.shapes import sizes_of, tensors, write_checkpoint
 
 BANDWIDTH = 4.3e12
 """Bytes a second that an H200 copies at (benchmarks/gpu_attention.py measures it)."""
+STEP = 2048
+"""Most tokens in a step: TensorRT times every product at this size, several times over, so more costs minutes of building."""
 
 
 def config(buckets: tuple[int, ...], level: int, seq: int, capability: tuple[int, int] | None = None) -> ll.BuildConfig:
     return ll.BuildConfig(
         max_batch=64,
-        max_tokens_per_step=8192,
+        max_tokens_per_step=STEP,
         max_seq_len=seq,
         decode_buckets=buckets,
         block_size=64,
@@ -154,7 +156,7 @@ def run(folder: Path, work: Path, given: argparse.Namespace) -> None:
         weights = 2 * (sum(int(np.prod(s)) for _, s in tensors(facts["sizes"])) - embedding)  # a row of it is read
         for batch in given.batch:
             note(f"step_{batch}", dissect(backend, batch, 192, weights))
-        core = EngineCore(backend, max_num_seqs=64, max_tokens_per_step=8192)
+        core = EngineCore(backend, max_num_seqs=64, max_tokens_per_step=STEP)
         for batch in given.batch:
             note(f"generate_{batch}", generate(core, batch, 128, 128))
     finally:

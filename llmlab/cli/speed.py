@@ -66,7 +66,7 @@ def built(shape: str, target: str, sizes: Sequence[int], prompt_len: int, output
         )
     config = None
     if target != "onnxruntime":
-        step = min(8192, max(sizes) * max(prompt_len, 1))
+        step = max(max(sizes), min(2048, max(sizes) * prompt_len))
         config = ll.BuildConfig(max_batch=max(sizes), max_tokens_per_step=step, decode_buckets=tuple(sizes))
     with tempfile.TemporaryDirectory(prefix="llmlab-bench-") as folder:
         checkpoint = write_checkpoint(Path(folder) / "checkpoint", model, "float16", seed=0)
