@@ -74,6 +74,7 @@ def steps() -> list[Any]:
     return batches(PLAN, VOCAB, full, lambda step, rows: np.arange(rows))
 
 
+@pytest.mark.slow  # the same steps with the reference's attention, and the kernels by themselves, are tested in CI
 def test_ragged_steps_give_what_transformers_gives(store: Store, engine: Any) -> None:
     expected = cached_generation(store.model("llama"), PLAN, VOCAB)
     for batch, wanted in [*steps(), steps()[-1]]:  # the last one again, as it was captured

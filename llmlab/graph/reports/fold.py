@@ -42,7 +42,9 @@ def block_of(node_name: str) -> str:
 
 def natural(text: str) -> list[tuple[int, str]]:
     """Sorts `layers.2` before `layers.10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]{1,6})", text)]
+    return [
+        (int(part), "") if part.isascii() and part.isdigit() else (-1, part) for part in re.split(r"([0-9]{1,6})", text)
+    ]
 
 
 def fold(rows: Iterable[tuple[str, ...]]) -> list[Folded]:

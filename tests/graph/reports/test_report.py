@@ -142,6 +142,9 @@ def test_layers_and_blocks() -> None:
     ]
     assert layer_of("model.layers.0.mlp.experts.7.up/MatMul") == "model.layers.0"
     assert sorted(["l.10", "l.2", "a"], key=natural) == ["a", "l.2", "l.10"]
+    assert sorted(["l.0²", "l.0¹", "l.٣"], key=natural) == ["l.0²", "l.0¹", "l.٣"], (
+        "digits of other scripts are letters"
+    )
 
 
 @pytest.mark.parametrize(
