@@ -22,6 +22,7 @@ from llmlab.errors import EngineError
 from llmlab.tensorrt.builder import PlanBuilder
 from llmlab.tensorrt.config import BuildConfig
 from llmlab.tensorrt.inspect import LayerTimes, summary_of
+from llmlab.tensorrt.installed import Kind
 from llmlab.tensorrt.library import Library, resolve
 from llmlab.tensorrt.precision import WeakTyping
 from llmlab.tensorrt.refit import refit
@@ -145,11 +146,11 @@ class Running:
         return end.elapsed_ms(start) * 1000 / launches / replays
 
 
-def run(folder: Path, target: str, level: int | None, also_refit: bool) -> dict[str, Any]:
+def run(folder: Path, target: Kind, level: int | None, also_refit: bool) -> dict[str, Any]:
     sizes = json.loads((folder / "sizes.json").read_text())
     hidden, ffn = sizes["hidden"], sizes["ffn"]
     widths = {"attended": hidden, "x": hidden, "y": hidden, "qkv": 3 * hidden}
-    device, library = Device.open(), resolve(target)  # type: ignore[arg-type]
+    device, library = Device.open(), resolve(target)
     config = BuildConfig(max_batch=64, max_tokens_per_step=TOKENS, decode_buckets=BUCKETS, optimization_level=level)
     weak = WeakTyping(dict.fromkeys(widths, "float16"), [f"{name}{n}" for n in (1, 2) for name in _HELD])
     profiles = config.profiles(dict.fromkeys(("attended", "x"), ("T", hidden)))

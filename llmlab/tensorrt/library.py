@@ -8,24 +8,19 @@ context = library.context(engine)
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
 from llmlab.errors import EngineError, InputError, MissingDependencyError
 from llmlab.tensorrt.gpu import Gpu, visible_gpu
+from llmlab.tensorrt.installed import Capability, Kind, dotted, find_tensorrt
 from llmlab.tensorrt.log import Heard, make_logger
 
-Kind = Literal["tensorrt", "tensorrt-rtx"]
-Capability = tuple[int, int]
-
-_OLDEST = {"tensorrt": (8, 6), "tensorrt-rtx": (1, 0)}
 _OTHER_VERSION = re.compile(
     r"serialization version|magic ?tag|older plan|version tag|stdVersion|versions? compatib", re.I
 )
@@ -46,7 +41,8 @@ class Library:
     """What the logger heard, for messages."""
 
     def __str__(self) -> str:
-        return f"{_title(self.kind)} {'.'.join(map(str, self.version))}"
+        title = "TensorRT-RTX" if self.rtx else "TensorRT"
+        return f"{title} {'.'.join(map(str, self.version))}"
 
     # What it can do.
 
@@ -140,19 +136,19 @@ class Library:
             here = () if gpu is None else (gpu.compute_capability,)
             if not (asked or here):
                 raise InputError(
-                    f"compute_capabilities is empty and no GPU is visible: name the GPUs to build for, of {_dotted(self.compute_capabilities)}"
+                    f"compute_capabilities is empty and no GPU is visible: name the GPUs to build for, of {dotted(self.compute_capabilities)}"
                 )
             for capability in asked or here:
                 if capability not in self.compute_capabilities:
                     raise InputError(
-                        f"{self} doesn't build for compute capability {_dotted([capability])}, only for {_dotted(self.compute_capabilities)}: use target='tensorrt' on that GPU"
+                        f"{self} doesn't build for compute capability {dotted([capability])}, only for {dotted(self.compute_capabilities)}: use target='tensorrt' on that GPU"
                     )
             return asked or here
         if gpu is not None:
             for capability in asked:
                 if capability != gpu.compute_capability and min(capability, gpu.compute_capability) < (8, 0):
                     raise InputError(
-                        f"{self} builds on the GPU itself, here a {gpu.name} of compute capability {_dotted([gpu.compute_capability])}, not for {_dotted([capability])}: build there"
+                        f"{self} builds on the GPU itself, here a {gpu.name} of compute capability {dotted([gpu.compute_capability])}, not for {dotted([capability])}: build there"
                     )
         return asked
 
@@ -195,7 +191,7 @@ class Library:
 
     def _refusal(self) -> str:
         said, gpu = self.heard.text, visible_gpu()
-        here = f"this GPU ({gpu.name}, {_dotted([gpu.compute_capability])})" if gpu else "this machine"
+        here = f"this GPU ({gpu.name}, {dotted([gpu.compute_capability])})" if gpu else "this machine"
         if gpu and "driver version is insufficient" in said:
             return _old_driver(self, gpu)
         if self.heard.out_of_memory:
@@ -276,41 +272,9 @@ def resolve(kind: Kind) -> Library:
     """The TensorRT that is installed. Raises InputError for an unknown kind, MissingDependencyError where there is none."""
     if kind not in get_args(Kind):
         raise InputError(f"{kind!r} is no kind of TensorRT; available: {', '.join(get_args(Kind))}")
-    name = kind.replace("-", "_")
-    if kind == "tensorrt-rtx":
-        _link_rtx()
-    try:
-        module = importlib.import_module(name)
-        if module.__file__ is None:
-            raise ImportError(f"{name} is a folder on the path")
-    except (ImportError, OSError, RuntimeError) as error:
-        raise MissingDependencyError(
-            f"{name} can't be imported ({' '.join(str(error).split())}): {_advice(kind)}"
-        ) from error
-    version = tuple(int(part) for part in re.findall(r"\d+", module.__version__)[:4])
-    if version < _OLDEST[kind]:
-        oldest = ".".join(map(str, _OLDEST[kind]))
-        raise MissingDependencyError(f"{name} is {module.__version__}, llmlab needs {oldest} or newer: {_advice(kind)}")
+    module, version = find_tensorrt(kind)
     logger, heard = make_logger(module)
     return Library(kind, module, version, logger, heard)
-
-
-def _link_rtx() -> None:
-    """Give TensorRT-RTX's library the name under which its ONNX parser opens it; without it a plugin node ends the process."""
-    spec = importlib.util.find_spec("tensorrt_rtx_libs")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        versioned = sorted(Path(folder).glob("libtensorrt_rtx.so.*"))
-        link = Path(folder) / "libtensorrt_rtx.so"
-        if not versioned or link.exists():
-            continue
-        try:
-            link.symlink_to(versioned[0].name)
-        except FileExistsError:  # another process was faster
-            continue
-        except OSError as problem:
-            raise MissingDependencyError(
-                f"{link} must be a link to {versioned[0].name} and can't be made ({problem.strerror}): make it, or install tensorrt-rtx where you may write"
-            ) from problem
 
 
 def _old_driver(library: Library, gpu: Gpu) -> str:
@@ -318,26 +282,3 @@ def _old_driver(library: Library, gpu: Gpu) -> str:
     return (
         f"the NVIDIA driver of this {gpu.name} runs CUDA {runs} at most, {library} needs a newer one: update the driver"
     )
-
-
-def _advice(kind: Kind) -> str:
-    """What to install for the GPU that is here."""
-    gpu = visible_gpu()
-    rtx = "pip install 'llmlab[tensorrt-rtx]' (GeForce and RTX GPUs: 7.5, 8.0 to 8.9, 12.x; builds without a GPU)"
-    full = "pip install 'llmlab[tensorrt]' and a TensorRT of 8.6 or newer for your driver (data centre GPUs such as 9.0 and 10.0 need this one)"
-    advice = full if kind == "tensorrt" else rtx
-    if gpu is None:
-        return advice
-    here = f"here is a {gpu.name}, compute capability {_dotted([gpu.compute_capability])}"
-    major = gpu.compute_capability[0]
-    if kind == "tensorrt-rtx" and major in (9, 10, 11):
-        return f"{here}, which TensorRT-RTX doesn't serve: use target='tensorrt', {full}"
-    return f"{here}: {advice}"
-
-
-def _title(kind: Kind) -> str:
-    return "TensorRT-RTX" if kind == "tensorrt-rtx" else "TensorRT"
-
-
-def _dotted(capabilities: Iterable[Capability]) -> str:
-    return ", ".join(f"{major}.{minor}" for major, minor in sorted(capabilities))

@@ -45,15 +45,15 @@ def test_rtx() -> None:
 
 
 def test_the_link_is_made_or_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmlab.tensorrt import library
+    from llmlab.tensorrt import installed
 
     folder = tmp_path / "tensorrt_rtx_libs"
     folder.mkdir()
     (folder / "libtensorrt_rtx.so.1").write_bytes(b"")
     spec = SimpleNamespace(submodule_search_locations=[str(folder)])
-    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: spec)
-    library._link_rtx()
-    library._link_rtx()
+    monkeypatch.setattr(installed.importlib.util, "find_spec", lambda name: spec)
+    installed.link_rtx()
+    installed.link_rtx()
     assert (folder / "libtensorrt_rtx.so").readlink() == Path("libtensorrt_rtx.so.1")
     (folder / "libtensorrt_rtx.so").unlink()
 
@@ -64,7 +64,7 @@ def test_the_link_is_made_or_said_to_be_missing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(
         MissingDependencyError, match=r"must be a link to libtensorrt_rtx\.so\.1 and can't be made \(Perm"
     ):
-        library._link_rtx()
+        installed.link_rtx()
 
 
 @pytest.mark.parametrize("kind", ["tensorrt", "tensorrt-rtx"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import get_args
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -10,7 +11,7 @@ import onnx_graphsurgeon as gs
 from llmlab.errors import UnsupportedModelError
 from llmlab.graph.cut import cut
 from llmlab.graph.edit import Dim, Editor, operand
-from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered, Tensor, View
+from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered, Rows, Tensor, View
 from llmlab.graph.lower.views import columns
 from llmlab.graph.pieces import Piece
 from llmlab.graph.store.storage import array
@@ -91,8 +92,9 @@ class _Tables:
 
 def _tensor(name: str, dtype: str, shape: Sequence[Dim] | None) -> Tensor:
     rows, width, *more = [*(shape or [None]), 0]  # a number a row has no width
-    if rows not in ("T", "N") or not isinstance(width, int) or any(more):
-        raise UnsupportedModelError(
-            f"{name} {shape} crosses from part to part; expected rows of the step's tokens, and their width"
-        )
-    return Tensor(dtype, width, rows)  # type: ignore[arg-type]
+    for known in get_args(Rows):
+        if rows == known and isinstance(width, int) and not any(more):
+            return Tensor(dtype, width, known)
+    raise UnsupportedModelError(
+        f"{name} {shape} crosses from part to part; expected rows of the step's tokens, and their width"
+    )
