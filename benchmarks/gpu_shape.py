@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,7 @@ from machine import describe
 
 import llmlab as ll
 from llmlab.kernels.binaries import KernelSet
-from llmlab.runtime.core import EngineCore
-from llmlab.runtime.params import SamplingParams
-from llmlab.runtime.request import Request
+from llmlab.speed import measure
 from llmlab.zoo.shapes import sizes_of, tensors, write_checkpoint
 
 BANDWIDTH = 4.3e12
@@ -70,33 +69,6 @@ def fill(facts: dict[str, Any]) -> Path:
         for name, then in facts["files"].items():
             os.utime(checkpoint / name, ns=(then, then))
     return checkpoint
-
-
-def generate(core: EngineCore, batch: int, prompt: int, output: int) -> dict[str, float]:
-    """Seconds until each sequence's first token and until all are done; after a run that captures what there is to."""
-    random = np.random.default_rng(0)
-    params = SamplingParams(max_tokens=output, ignore_eos=True, temperature=0)
-    for _ in range(2):
-        for number in range(batch):
-            ids = [int(i) for i in random.integers(0, core.backend.limits.vocab_size, prompt)]
-            core.add(Request(f"r{number}", ids, params, 0.0))
-        first: dict[str, float] = {}
-        start = time.perf_counter()
-        while core.has_work:
-            for update in core.step():
-                if update.error:
-                    raise SystemExit(update.error)
-                first.setdefault(update.request_id, time.perf_counter() - start)
-        seconds = time.perf_counter() - start
-    decode = seconds - max(first.values())
-    return {
-        "batch": batch,
-        "tokens_per_s": batch * output / seconds,
-        "decode_tokens_per_s": batch * (output - 1) / decode,
-        "ttft_ms": 1e3 * float(np.mean(list(first.values()))),
-        "prefill_tokens_per_s": batch * prompt / max(first.values()),
-        "seconds": seconds,
-    }
 
 
 def dissect(backend: Any, batch: int, context: int, weights: int) -> dict[str, Any]:
@@ -155,11 +127,10 @@ def run(folder: Path, work: Path, given: argparse.Namespace) -> None:
         weights = 2 * (sum(int(np.prod(s)) for _, s in tensors(facts["sizes"])) - embedding)  # a row of it is read
         for batch in given.batch:
             note(f"step_{batch}", dissect(backend, batch, 192, weights))
-        core = EngineCore(backend, max_num_seqs=64, max_tokens_per_step=STEP)
-        for batch in given.batch:
-            note(f"generate_{batch}", generate(core, batch, 128, 128))
     finally:
         backend.close()
+    rows = measure(engine.path, given.batch, prompt_len=128, output_len=128, repeat=1, threads=None)
+    note("generate", [asdict(row) for row in rows])
 
 
 def main() -> None:

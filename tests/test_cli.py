@@ -21,6 +21,7 @@ from llmlab import cli
 from llmlab.cli import answers, speed
 from llmlab.errors import EngineError, InputError
 from llmlab.graph.graph import Graph
+from llmlab.speed import _once
 
 sys.path.insert(0, str(Path(__file__).parent / "runtime"))
 from toy_engine import ToyEngine, ToyManifest, greedy, vocab_size, write_tokenizer
@@ -254,7 +255,7 @@ def test_bench_counts_what_it_says(engine: ToyEngine) -> None:
         return execute(batch)
 
     engine.made.execute = timed  # type: ignore[method-assign]
-    prefill, step, outside, whole = speed._once(llm.core, 2, 5, 4, np.random.default_rng(0))
+    prefill, step, outside, whole = _once(llm.core, 2, 5, 4, np.random.default_rng(0))
     assert prefill == pytest.approx(10 / (0.02 + 0.01 * 8), rel=0.25)
     assert step == pytest.approx(0.02, rel=0.25) and 0 <= outside < 0.2
     assert whole == pytest.approx(0.02 + 0.01 * 8 + 3 * 0.02, rel=0.25)

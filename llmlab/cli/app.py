@@ -252,20 +252,19 @@ def bench(
 
     `llmlab bench --shape llama-2-7b --target tensorrt --batch 1,8,64 --output-len 128`
     """
-    from llmlab.cli import speed
+    from llmlab.cli import speed as numbers
     from llmlab.errors import InputError
+    from llmlab.speed import built, measure
 
-    sizes = speed.batch_sizes(batch)
+    sizes = numbers.batch_sizes(batch)
     if (engine is None) == (shape is None):
         raise InputError("give an engine folder or a --shape, one of the two")
     with ExitStack() as stack:
         if shape is not None:
-            engine = stack.enter_context(speed.built(shape, target, sizes, prompt_len, output_len))
+            engine = stack.enter_context(built(shape, target, sizes, prompt_len, output_len))
         assert engine is not None
-        rows = speed.measure(
-            engine, sizes, prompt_len=prompt_len, output_len=output_len, repeat=repeat, threads=threads
-        )
-    speed.show(rows, str(engine) if shape is None else f"{shape} on {target}", as_json=as_json)
+        rows = measure(engine, sizes, prompt_len=prompt_len, output_len=output_len, repeat=repeat, threads=threads)
+    numbers.show(rows, str(engine) if shape is None else f"{shape} on {target}", as_json=as_json)
 
 
 app.command()(inspect)

@@ -1,41 +1,13 @@
-"""`llmlab bench`: prefill and decode speed on random tokens, of an engine or of one built in the sizes of a known model."""
+"""`llmlab bench`: what it is asked, and how its numbers look."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import asdict
 
-import numpy as np
-
-from llmlab.errors import EngineError, InputError
-
-if TYPE_CHECKING:
-    from llmlab.runtime.core import EngineCore
-
-
-@dataclass(frozen=True)
-class BenchRow:
-    """One batch size. Tokens per second are those of all sequences together."""
-
-    batch: int
-    prompt_len: int
-    output_len: int
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    tokens_per_s: float
-    """Generated tokens by the time of the whole run, prompts included."""
-    first_token_ms: float
-    """Until every sequence has its first token."""
-    decode_step_ms: float
-    """Mean time of a step in which every sequence decodes one token."""
-    outside_backend_share: float
-    """Share of those steps' time spent outside the backend: scheduling, packing, sampling."""
+from llmlab.errors import InputError
+from llmlab.speed import BenchRow
 
 
 def batch_sizes(text: str) -> list[int]:
@@ -47,70 +19,6 @@ def batch_sizes(text: str) -> list[int]:
     if not sizes or min(sizes) < 1:
         raise InputError(f"--batch is {text!r}, expected positive integers such as 1,8")
     return sizes
-
-
-@contextmanager
-def built(shape: str, target: str, sizes: Sequence[int], prompt_len: int, output_len: int) -> Iterator[Path]:
-    """The folder of an engine of random weights in the sizes of a known model, built for these batches, then removed."""
-    import llmlab as ll
-    from llmlab.build import check_target
-    from llmlab.zoo.shapes import sizes_of, write_checkpoint
-
-    model = sizes_of(shape)
-    check_target(target)
-    longest = prompt_len + output_len
-    if longest > model["max_position_embeddings"]:
-        raise InputError(
-            f"prompt and output are {prompt_len} + {output_len} tokens, {shape} takes {model['max_position_embeddings']}: "
-            "give a smaller --prompt-len or --output-len"
-        )
-    config = None
-    if target != "onnxruntime":
-        step = max(max(sizes), min(2048, max(sizes) * prompt_len))
-        config = ll.BuildConfig(max_batch=max(sizes), max_tokens_per_step=step, decode_buckets=tuple(sizes))
-    with tempfile.TemporaryDirectory(prefix="llmlab-bench-") as folder:
-        checkpoint = write_checkpoint(Path(folder) / "checkpoint", model, "float16", seed=0)
-        graph = ll.optimize(ll.export(checkpoint))
-        yield ll.build(graph, Path(folder) / "engine", target=target, max_seq_len=longest, config=config).path
-
-
-def measure(
-    engine: str | Path,
-    sizes: Sequence[int],
-    *,
-    prompt_len: int,
-    output_len: int,
-    repeat: int,
-    threads: int | None,
-) -> list[BenchRow]:
-    """One row a batch size; of `repeat` measurements, after one that doesn't count, the best."""
-    from llmlab.runtime.llm import LLM
-
-    rows = []
-    with LLM(engine, threads=threads, max_num_seqs=max(sizes)) as llm:
-        limits = llm.core.backend.limits
-        if prompt_len + output_len > limits.max_seq_len:
-            raise InputError(
-                f"prompt and output are {prompt_len} + {output_len} tokens, this engine holds {limits.max_seq_len}: "
-                "give a smaller --prompt-len or --output-len"
-            )
-        random = np.random.default_rng(0)
-        for size in sizes:
-            tries = [_once(llm.core, size, prompt_len, output_len, random) for _ in range(repeat + 1)][1:]
-            rows.append(
-                BenchRow(
-                    size,
-                    prompt_len,
-                    output_len,
-                    prefill_tokens_per_s=max(t[0] for t in tries),
-                    decode_tokens_per_s=size / min(t[1] for t in tries),
-                    tokens_per_s=size * output_len / min(t[3] for t in tries),
-                    first_token_ms=size * prompt_len / max(t[0] for t in tries) * 1e3,
-                    decode_step_ms=min(t[1] for t in tries) * 1e3,
-                    outside_backend_share=min(tries, key=lambda t: t[1])[2],
-                )
-            )
-    return rows
 
 
 def show(rows: Sequence[BenchRow], what: str, *, as_json: bool) -> None:
@@ -135,36 +43,3 @@ def show(rows: Sequence[BenchRow], what: str, *, as_json: bool) -> None:
             f"{row.outside_backend_share:.1%}",
         )
     Console().print(table)
-
-
-def _once(
-    core: EngineCore, size: int, prompt_len: int, output_len: int, random: np.random.Generator
-) -> tuple[float, float, float, float]:
-    """(prefill tokens per second, seconds of a decode step, share of it outside the backend, seconds of a whole run)."""
-    prefill_s, _ = _drive(core, size, prompt_len, 1, random)
-    whole_s, steps = _drive(core, size, prompt_len, output_len, random)
-    seconds, execute = sum(step for step, _ in steps), sum(inside for _, inside in steps)
-    return size * prompt_len / prefill_s, seconds / len(steps), 1 - execute / seconds, whole_s
-
-
-def _drive(
-    core: EngineCore, size: int, prompt_len: int, output_len: int, random: np.random.Generator
-) -> tuple[float, list[tuple[float, float]]]:
-    """Run `size` requests to their end: (seconds, (seconds, seconds in the backend) of each step of decoding only)."""
-    from llmlab.runtime.params import SamplingParams
-    from llmlab.runtime.request import Request
-
-    params = SamplingParams(max_tokens=output_len, ignore_eos=True, temperature=0, top_k=0, top_p=1)
-    for number in range(size):
-        prompt = random.integers(0, core.backend.limits.vocab_size, prompt_len)
-        core.add(Request(id=f"bench-{number}", prompt_ids=prompt, params=params))
-    steps: list[tuple[float, float]] = []
-    started = time.perf_counter()
-    while core.has_work:
-        errors = [update.error for update in core.step() if update.error]
-        if errors:
-            raise EngineError(errors[0])
-        last = core.stats.last
-        if last.prefill_tokens == 0 and last.decode_tokens == size:
-            steps.append((last.step_s, last.execute_s))
-    return time.perf_counter() - started, steps
