@@ -180,7 +180,7 @@ def check_score(engine: ll.Engine, facts: dict[str, Any]) -> dict[str, Any]:
 def check_traffic(engine: ll.Engine, count: int) -> dict[str, Any]:
     """Requests that come at random, a tenth of them cancelled at random, on a pool too small for all of them at once."""
     rng = np.random.default_rng(2)
-    backend = engine.backend(max_num_seqs=64, kv_blocks=200)
+    backend = engine.backend(max_num_seqs=64, kv_blocks=100)
     core = EngineCore(
         backend,
         max_num_seqs=64,
@@ -195,10 +195,10 @@ def check_traffic(engine: ll.Engine, count: int) -> dict[str, Any]:
     memory: list[tuple[int, int]] = []
     start = time.perf_counter()
     while sent < count or core.has_work:
-        for _ in range(int(rng.integers(0, 5))):
+        for _ in range(int(rng.integers(0, 8))):
             if sent < count and len(live) < 200:
                 params = SamplingParams(
-                    max_tokens=int(rng.integers(1, 40)), temperature=float(rng.random() < 0.5), seed=sent
+                    max_tokens=int(rng.integers(1, 120)), temperature=float(rng.random() < 0.5), seed=sent
                 )
                 core.add(Request(f"r{sent}", tokens[int(rng.integers(len(tokens)))], params, 0.0))
                 live.add(f"r{sent}")
@@ -228,6 +228,7 @@ def check_traffic(engine: ll.Engine, count: int) -> dict[str, Any]:
         "host_kib_grown_in_second_half": host_growth,
         "passed": sum(reasons.values()) == sent
         and not reasons["error"]
+        and core.stats.total.preemptions > 0
         and gpu_growth <= GRAIN
         and host_growth < 20_000,
     }
