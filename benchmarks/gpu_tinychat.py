@@ -32,7 +32,7 @@ from llmlab.runtime.batch import StepBatch
 from llmlab.runtime.core import EngineCore
 from llmlab.runtime.params import SamplingParams
 from llmlab.runtime.request import Request
-from llmlab.runtime.tokenizer import Tokenizer
+from llmlab.text.tokenizer import Tokenizer
 from llmlab.zoo.score import engine_answerer, grade
 from llmlab.zoo.tasks import examples
 

@@ -26,7 +26,7 @@ from llmlab.speed import _once
 sys.path.insert(0, str(Path(__file__).parent / "runtime"))
 from toy_engine import ToyEngine, ToyManifest, greedy, vocab_size, write_tokenizer
 
-from llmlab.runtime.tokenizer import Tokenizer
+from llmlab.text.tokenizer import Tokenizer
 
 runner = CliRunner()
 LLMLAB = [sys.executable, "-m", "llmlab"]

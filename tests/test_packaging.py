@@ -46,7 +46,7 @@ RUN = """
 import json, sys
 import llmlab as ll
 from llmlab import zoo
-from llmlab.runtime.tokenizer import Tokenizer
+from llmlab.text.tokenizer import Tokenizer
 engine, ids, messages = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 with ll.LLM(engine, threads=1) as llm:
     tokens = [r.token_ids for r in llm.generate(ids, ll.SamplingParams(max_tokens=12, ignore_eos=True))]
@@ -195,7 +195,7 @@ def test_command_line_there(distribution: Distribution) -> None:
 def test_an_engine_built_here_runs_there(distribution: Distribution, store: Any, tmp_path: Path) -> None:
     from llmlab.runtime.llm import LLM
     from llmlab.runtime.params import SamplingParams
-    from llmlab.runtime.tokenizer import Tokenizer
+    from llmlab.text.tokenizer import Tokenizer
 
     engine = store.engine("llama")
     with LLM(engine, threads=1) as llm:

@@ -15,7 +15,7 @@ from llmlab.errors import EngineError, InputError, LlmlabError
 from llmlab.runtime.llm import LoadedEngine, open_engine
 from llmlab.runtime.outputs import Delta, Result
 from llmlab.runtime.session import Message, Params, Prompt, Session, split_conversations, split_prompts
-from llmlab.runtime.tokenizer import Tokenizer
+from llmlab.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llmlab.runtime.params import SamplingParams

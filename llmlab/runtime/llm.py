@@ -13,8 +13,8 @@ from llmlab.runtime.outputs import Delta, Result
 from llmlab.runtime.progress import progress_bar
 from llmlab.runtime.scheduler import Batching
 from llmlab.runtime.session import Frontend, Message, Params, Prompt, Session, split_conversations, split_prompts
-from llmlab.runtime.tokenizer import Tokenizer
 from llmlab.runtime.turn import Turn
+from llmlab.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llmlab.runtime.batch import Backend

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from llmlab.errors import InputError
-from llmlab.runtime.detokenizer import Detokenizer, StopStrings
 from llmlab.runtime.outputs import Completion, Delta, RequestMetrics, Result
 from llmlab.runtime.params import SamplingParams
 from llmlab.runtime.request import FinishReason, Request, checked_prompt
+from llmlab.text.detokenizer import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
     from llmlab.runtime.core import EngineCore, SequenceUpdate
     from llmlab.runtime.sampler import TokenLogprobs
-    from llmlab.runtime.tokenizer import Tokenizer
+    from llmlab.text.tokenizer import Tokenizer
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]

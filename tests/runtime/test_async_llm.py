@@ -15,7 +15,7 @@ from toy_engine import ToyEngine, ToyManifest, greedy, write_tokenizer
 from llmlab.errors import EngineError, InputError
 from llmlab.runtime.async_llm import AsyncLLM, AsyncStream
 from llmlab.runtime.params import SamplingParams
-from llmlab.runtime.tokenizer import Tokenizer
+from llmlab.text.tokenizer import Tokenizer
 
 PROMPTS = ["the cat sat", "count to nine", "that was that and", "x"]
 

@@ -18,7 +18,7 @@ from toy_engine import ToyEngine, ToyLimits, ToyManifest, greedy, vocab_size, wr
 from llmlab.errors import EngineError, InputError
 from llmlab.runtime.llm import LLM
 from llmlab.runtime.params import SamplingParams
-from llmlab.runtime.tokenizer import Tokenizer
+from llmlab.text.tokenizer import Tokenizer
 
 PROMPTS = ["the cat sat", "count to nine", "that was that and", "x"]
 

@@ -18,7 +18,7 @@ from llmlab.runtime.core import EngineCore
 from llmlab.runtime.engine import Engine
 from llmlab.runtime.params import SamplingParams
 from llmlab.runtime.request import Request
-from llmlab.runtime.tokenizer import Tokenizer
+from llmlab.text.tokenizer import Tokenizer
 from llmlab.zoo.tasks import examples
 
 TOLERANCE = 2e-4  # of a log-probability; float32 sums in another order

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from llmlab.errors import InputError
-from llmlab.runtime.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
+from llmlab.text.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2.exceptions import TemplateSyntaxError
 
 from llmlab.errors import InputError
-from llmlab.runtime.template_sandbox import MAX_CHARS, Refused, Sandbox, TooMuch
+from llmlab.text.template_sandbox import MAX_CHARS, Refused, Sandbox, TooMuch
 
 MAX_TEMPLATE_CHARS = 1 << 20
 

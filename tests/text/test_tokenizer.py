@@ -14,10 +14,10 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from llmlab.errors import InputError, LlmlabError
-from llmlab.runtime import chat_template, template_sandbox
-from llmlab.runtime.chat_template import ChatTemplate
-from llmlab.runtime.detokenizer import Detokenizer, StopStrings
-from llmlab.runtime.tokenizer import Tokenizer
+from llmlab.text import chat_template, template_sandbox
+from llmlab.text.chat_template import ChatTemplate
+from llmlab.text.detokenizer import Detokenizer, StopStrings
+from llmlab.text.tokenizer import Tokenizer
 
 CORPUS = [
     "the cat sat on the mat",

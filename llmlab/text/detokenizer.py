@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from llmlab.runtime.tokenizer import Tokenizer
+from llmlab.text.tokenizer import Tokenizer
 
 _LONGEST_WAIT = 8
 """Ids held back for the rest of a character. UTF-8 has at most 4 bytes; more waiting would not complete anything."""
