@@ -118,6 +118,8 @@ def test_what_no_gpu_can_do_is_refused_before_anything_is_compiled() -> None:
     ):
         with pytest.raises(InputError, match="expected float16 or bfloat16, and a pool of"):
             AttentionVariant(AttentionKind(2, 2, 16, 16, quantized=quantized), dtype, kv_dtype)
+    with pytest.raises(InputError, match="an even number of channels, not 33"):
+        AttentionVariant(AttentionKind(2, 2, 33, 16, quantized=True), "float16", "int8")
     assert compile_attention([], [90]).kernels == ()
 
 

@@ -18,8 +18,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from llmlab.kernels.gpu import geometry, launch  # noqa: E402 (the interpreter is chosen when triton is imported)
+import triton  # noqa: E402 (the interpreter is chosen when it is imported)
+import triton.language as tl  # noqa: E402
+
+from llmlab.kernels.gpu import geometry, launch  # noqa: E402
 from llmlab.kernels.gpu.geometry import AttentionKind  # noqa: E402
+from llmlab.kernels.gpu.unpack import as_words, unpack  # noqa: E402
 from llmlab.kernels.reference import paged_attention  # noqa: E402
 
 TOLERANCE = 2e-3  # of the worst row, ‖out − ref‖ / ‖ref‖ in fp16
@@ -185,6 +189,40 @@ def test_quantized_pools(pool_dtype: torch.dtype) -> None:
     expected = poisoned(given)
     launch.prefill(plain, q, expected, decodes=True)
     assert worst_row(out, expected) < TOLERANCE
+
+
+@triton.jit
+def unpacked(out, pool, FLOAT8: tl.constexpr):  # type: ignore[no-untyped-def]
+    words = tl.arange(0, 128)
+    low, high = unpack(tl.load(as_words(pool) + words), FLOAT8)
+    tl.store(out + 2 * words, low)
+    tl.store(out + 2 * words + 1, high)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_every_byte_is_unpacked_exactly(dtype: torch.dtype) -> None:
+    given = torch.arange(256, dtype=torch.uint8).view(dtype)
+    out = torch.full((256,), torch.nan, dtype=torch.float16, device=DEVICE)
+    unpacked[1,](out, given.to(DEVICE), dtype != torch.int8)
+    number = ~given.float().isnan()
+    assert number.sum() >= 254
+    assert torch.equal(out.float().cpu()[number], given.float()[number])
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_decode_over_a_float8_pool(splits: int) -> None:
+    """Nothing is written here, which the interpreter would round wrongly."""
+    given = case(
+        AttentionKind(4, 2, 40, 16, quantized=True), new=(1, 1), past=(21, 130), pool_dtype=torch.float8_e4m3fn
+    )
+    step, out, expected = given.step, poisoned(given), poisoned(given)
+    launch.decode(step, step.q.contiguous(), out, splits)
+    scales = torch.stack([step.k_scale, step.v_scale])[:, None, :, None, None]
+    wide = replace(step, kind=replace(step.kind, quantized=False), pool=(step.pool.float() * scales).half())
+    launch.decode(wide, step.q.contiguous(), expected, 2)
+    assert worst_row(out, expected) < TOLERANCE
+    launch.decode(replace(step, v_scale=step.v_scale.flip(0)), step.q.contiguous(), out, splits)
+    assert worst_row(out, expected) > 10 * TOLERANCE
 
 
 def shifted_table(step: launch.Step) -> launch.Step:

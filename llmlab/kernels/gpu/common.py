@@ -29,7 +29,12 @@ def find_sequence(query_start, tile, num_seqs, TILE: tl.constexpr):
 @triton.jit
 def score(q, k, scale2, SOFTCAP: tl.constexpr):
     """q·kᵀ in base-2 units: softmax(x) = exp2(x · log2 e)/…; `scale2` holds scale · log2 e, SOFTCAP is in natural units."""
-    s = tl.dot(q, k) * scale2
+    return softcapped(tl.dot(q, k) * scale2, SOFTCAP)
+
+
+@triton.jit
+def softcapped(s, SOFTCAP: tl.constexpr):
+    """Scores in base-2 units, held within SOFTCAP (natural units) by a tanh; as they are where it is 0."""
     if SOFTCAP > 0:
         capped = SOFTCAP * LOG2E
         s = capped * (2 * tl.sigmoid(2 * s / capped) - 1)  # tanh

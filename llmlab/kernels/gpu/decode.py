@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from llmlab.errors import require
-from llmlab.kernels.gpu.common import LOG2E, block_rows, score
+from llmlab.kernels.gpu.common import LOG2E, block_rows, softcapped
+from llmlab.kernels.gpu.unpack import as_words, unpack
 
 triton = require("triton", "tensorrt")
 tl = require("triton.language", "tensorrt")
@@ -50,17 +51,27 @@ def paged_decode(
     length = tl.load(kv_len + seq)
     member = tl.arange(0, GROUP_PAD)
     heads = head * GROUP + member
-    dims = tl.arange(0, DIM_PAD)
     real = member < GROUP
-    in_head = dims < HEAD_DIM
-    q_tile = tl.load(
-        q + row.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + dims[None],
-        mask=real[:, None] & in_head[None],
-        other=0.0,
-    )
+    STEP: tl.constexpr = 2 if QUANTIZED else 1  # channels that lie in one word of the pool
+    WORDS: tl.constexpr = DIM_PAD // STEP
+    WIDTH: tl.constexpr = HEAD_DIM // STEP
+    words = tl.arange(0, WORDS)
+    in_head = words < WIDTH
+    q_mask = real[:, None] & in_head[None]
+    q_at = q + row.to(tl.int64) * q_stride + heads[:, None] * HEAD_DIM + words[None] * STEP
+    q_tile = tl.load(q_at, mask=q_mask, other=0.0)
     scale2 = scale * LOG2E
-    if QUANTIZED:
+    if QUANTIZED:  # the pool's values become float16, in even and odd channels
+        q_odd = tl.load(q_at + 1, mask=q_mask, other=0.0)
         scale2 = scale2 * tl.load(k_scale + head)
+        if q_tile.dtype != tl.float16:  # rows brought into its range
+            peak = tl.maximum(tl.max(tl.abs(q_tile).to(tl.float32), 1), tl.max(tl.abs(q_odd).to(tl.float32), 1))
+            peak = tl.where(peak > 0, peak, 1.0)[:, None]
+            q_tile, q_odd = (q_tile / peak).to(tl.float16), (q_odd / peak).to(tl.float16)
+            scale2 = scale2 * peak
+        FLOAT8: tl.constexpr = pool.dtype.element_ty != tl.int8
+        pool = as_words(pool)
+        pool_half = pool_half // STEP
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0) // TILE * TILE
@@ -72,20 +83,26 @@ def paged_decode(
 
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, WORDS], tl.float32)
+    acc_odd = tl.zeros([GROUP_PAD, WORDS], tl.float32)
     slope = tl.zeros([GROUP_PAD], tl.float32)
     if ALIBI:
         slope = tl.load(alibi_slopes + heads, mask=real, other=0.0) * LOG2E
     table = block_table + seq * table_stride
     for at in range(start, end, TILE):
         keys = at + tl.arange(0, TILE)
-        rows = block_rows(table, keys, end, head, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+        rows = block_rows(table, keys, end, head, KV_HEADS, BLOCK_SIZE, WIDTH)
         visible = keys < end
         if WINDOW > 0:
             visible = visible & (keys >= length - WINDOW)
-        k = tl.load(pool + rows[None] + dims[:, None], mask=visible[None] & in_head[:, None], other=0.0)
-        v = tl.load(pool + pool_half + rows[:, None] + dims[None], mask=visible[:, None] & in_head[None], other=0.0)
-        s = score(q_tile, k.to(q_tile.dtype), scale2, SOFTCAP)
+        k = tl.load(pool + rows[None] + words[:, None], mask=visible[None] & in_head[:, None], other=0)
+        v = tl.load(pool + pool_half + rows[:, None] + words[None], mask=visible[:, None] & in_head[None], other=0)
+        if QUANTIZED:
+            k, k_odd = unpack(k, FLOAT8)
+            s = tl.dot(q_odd, k_odd, tl.dot(q_tile, k))
+        else:
+            s = tl.dot(q_tile, k)
+        s = softcapped(s * scale2, SOFTCAP)
         if ALIBI:
             s += slope[:, None] * (keys - (length - 1))[None].to(tl.float32)
         s = tl.where(visible[None], s, float("-inf"))
@@ -94,11 +111,17 @@ def paged_decode(
         p = tl.exp2(s - base[:, None])
         fade = tl.exp2(best - base)
         total = total * fade + tl.sum(p, 1)
-        acc = acc * fade[:, None] + tl.dot(p.to(q_tile.dtype), v.to(q_tile.dtype))
+        weight = p.to(q_tile.dtype)
+        if QUANTIZED:
+            v, v_odd = unpack(v, FLOAT8)
+            acc_odd = tl.dot(weight, v_odd, acc_odd * fade[:, None])
+        acc = tl.dot(weight, v, acc * fade[:, None])
         best = new
 
+    dims = tl.arange(0, DIM_PAD)
+    in_head = dims < HEAD_DIM
     if QUANTIZED:
-        acc = acc * tl.load(v_scale + head)
+        acc = tl.interleave(acc, acc_odd) * tl.load(v_scale + head)
     if not SPLIT:
         if SINKS:
             total += tl.exp2(tl.load(sinks + heads, mask=real, other=0.0) * LOG2E - best)

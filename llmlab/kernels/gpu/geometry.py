@@ -81,6 +81,11 @@ class AttentionVariant:
                 f"attention in {self.dtype} over a KV pool of {self.kv_dtype}: expected float16 or bfloat16, and a pool of "
                 f"{' or '.join(pools)}"
             )
+        if self.kind.quantized and self.kind.head_dim % 2:
+            raise InputError(
+                f"a KV pool of {self.kv_dtype} holds heads of an even number of channels, not {self.kind.head_dim}: "
+                "leave the KV cache as it is"
+            )
 
     def write(self, tokens: int) -> Launch:
         return write(self.kind, tokens, rotary=self.rotary, interleaved=self.interleaved)
@@ -103,6 +108,7 @@ def decode(kind: AttentionKind, batch: int, splits: int) -> Launch:
     constants = {
         **kind._common(),
         "GROUP_PAD": power_of_two(kind.group, 16),
+        "DIM_PAD": power_of_two(kind.head_dim, 32 if kind.quantized else 16),
         "TILE": 64 if wide else 128,
         "SPLIT": splits > 1,
     }
