@@ -1,10 +1,10 @@
 """Decode attention over int8 and fp8 pools of keys and values, beside fp16, and how many sequences fit into a card's memory.
 
-    python benchmarks/gpu_kv_cache.py [--json FILE] [--forms]
+    python benchmarks/gpu_kv_cache.py [--json FILE] [--forms "MHA 32"]
 
 All three read the same keys, in blocks of 64 tokens that lie in random order; times are medians of CUDA-graph replays with the card's
 cache flushed between them. `error` is against float64 attention over the values as they lie in the pool, so it is what the kernel adds to
-the pool's own rounding. --forms also times other tile sizes, warps and stages of the kernels.
+the pool's own rounding. --forms times other tile sizes, warps and stages of the kernels instead.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SHAPES = {
     "GQA 32:8": [(1, 65536), (8, 8192), (64, 4096), (8, 65536), (64, 16384)],
     "GQA 32:4": [(1, 65536), (8, 32768), (64, 4096), (64, 16384)],
 }
-FORMS = [(tile, warps, stages) for tile, warps in ((64, 4), (128, 4), (128, 8), (256, 8)) for stages in (2, 3, 6)]
-FORM_SHAPES = [("MHA 32", 8, 8192), ("GQA 32:8", 64, 4096), ("GQA 32:4", 8, 32768)]
+FORMS = [(64, 4, 3), (64, 4, 6), (128, 4, 3), (128, 4, 6), (128, 8, 3), (256, 8, 3)]
+FORM_SHAPES = {"MHA 32": (8, 8192), "GQA 32:8": (64, 4096), "GQA 32:4": (8, 32768)}
 LAYERS, LONG = 32, 4096  # of Llama-2-7B, whose weights take 13.5 GB
 
 
@@ -99,7 +99,7 @@ def form_rows(name: str, batch: int, keys: int, processors: int) -> list[dict[st
     kind = AttentionKind(*HEADS[name], 128, 64)
     splits = geometry.decode_splits(kind, batch, keys, processors)
     plain, step = geometry.decode, random_step(kind, batch, keys, 1)
-    steps = {pool: quantized(step, dtype) for pool, dtype in POOLS.items()}
+    steps = {pool: quantized(step, dtype) for pool, dtype in POOLS.items() if dtype != HALF}
 
     def in_form(form: tuple[int, int, int], pool: str) -> str:
         tile, warps, stages = form
@@ -120,8 +120,7 @@ def form_rows(name: str, batch: int, keys: int, processors: int) -> list[dict[st
             geometry.decode = plain
 
     return [
-        {"heads": name, "batch": batch, "keys": keys, "tile, warps, stages": form}
-        | {pool: in_form(form, pool) for pool in POOLS}
+        {"heads": name, "batch": batch, "keys": keys, "form": form} | {pool: in_form(form, pool) for pool in steps}
         for form in FORMS
     ]
 
@@ -141,7 +140,7 @@ def fitting() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    parser.add_argument("--forms", action="store_true", help="also time other tile sizes, warps and stages")
+    parser.add_argument("--forms", choices=FORM_SHAPES, help="time other tile sizes, warps and stages instead")
     given = parser.parse_args()
     torch.manual_seed(0)
     card = torch.cuda.get_device_properties(0)
@@ -149,20 +148,18 @@ def main() -> None:
     print(
         f"{card.name}, {card.multi_processor_count} multiprocessors; copy {copy:.2f} TB/s; head_dim 128, blocks of 64"
     )
-    tables = {"fitting": fitting()}
+    if given.forms:
+        rows = form_rows(given.forms, *FORM_SHAPES[given.forms], card.multi_processor_count)
+        show("milliseconds by tile of keys, warps and stages", rows)
+        return
+    tables: dict[str, list[dict[str, Any]]] = {"fitting": fitting(), "decode": []}
     show(
         f"sequences of {LONG} tokens, {LAYERS} layers of 32 heads, in 90 % of the card less 13.5 GB", tables["fitting"]
     )
-    tables["decode"] = [
-        row
-        for name, shapes in SHAPES.items()
-        for b, n in shapes
-        for row in decode_rows(name, b, n, copy, card.multi_processor_count)
-    ]
-    show("decode, one new token a sequence", tables["decode"])
-    if given.forms:
-        tables["forms"] = [row for s in FORM_SHAPES for row in form_rows(*s, card.multi_processor_count)]
-        show("milliseconds by tile of keys, warps and stages", tables["forms"])
+    for name, shapes in SHAPES.items():
+        for b, n in shapes:
+            tables["decode"] += decode_rows(name, b, n, copy, card.multi_processor_count)
+        show(f"decode, one new token a sequence, {name}", [row for row in tables["decode"] if row["heads"] == name])
     if given.json is not None:
         write(given.json, "python benchmarks/gpu_kv_cache.py", copy, **tables)
 
