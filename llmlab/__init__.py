@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     __version__: str
     from llmlab.build import build as build
     from llmlab.errors import LlmlabError as LlmlabError
+    from llmlab.evaluate.accuracy import evaluate as evaluate
     from llmlab.graph.convert import convert as convert
     from llmlab.graph.cut import cut as cut
     from llmlab.graph.edit import Editor as Editor
@@ -49,6 +50,7 @@ _HOME = {
     "BuildConfig": "llmlab.tensorrt.config",
     "Graph": "llmlab.graph.graph",
     "Engine": "llmlab.runtime.engine",
+    "evaluate": "llmlab.evaluate",
     "LLM": "llmlab.runtime.llm",
     "AsyncLLM": "llmlab.runtime.async_llm",
     "SamplingParams": "llmlab.runtime.params",
@@ -76,6 +78,7 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "LLM",
     "AsyncLLM",
     "SamplingParams",
+    "evaluate",
     "diff",
     "GraphDiff",
     "register_pass",

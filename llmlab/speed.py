@@ -16,6 +16,7 @@ from llmlab.errors import EngineError, InputError
 
 if TYPE_CHECKING:
     from llmlab.runtime.core import EngineCore
+    from llmlab.runtime.llm import LLM
 
 
 @dataclass(frozen=True)
@@ -74,30 +75,35 @@ def measure(
     """One row a batch size; of `repeat` measurements, after one that doesn't count, the best."""
     from llmlab.runtime.llm import LLM
 
-    rows = []
     with LLM(engine, threads=threads, max_num_seqs=max(sizes)) as llm:
-        limits = llm.core.backend.limits
-        if prompt_len + output_len > limits.max_seq_len:
-            raise InputError(
-                f"prompt and output are {prompt_len} + {output_len} tokens, this engine holds {limits.max_seq_len}: "
-                "give a smaller --prompt-len or --output-len"
+        return measure_open(llm, sizes, prompt_len=prompt_len, output_len=output_len, repeat=repeat)
+
+
+def measure_open(llm: LLM, sizes: Sequence[int], *, prompt_len: int, output_len: int, repeat: int) -> list[BenchRow]:
+    """`measure`, of an LLM that is open and idle."""
+    limits = llm.core.backend.limits
+    if prompt_len + output_len > limits.max_seq_len:
+        raise InputError(
+            f"prompt and output are {prompt_len} + {output_len} tokens, this engine holds {limits.max_seq_len}: "
+            "give a smaller --prompt-len or --output-len"
+        )
+    rows = []
+    random = np.random.default_rng(0)
+    for size in sizes:
+        tries = [_once(llm.core, size, prompt_len, output_len, random) for _ in range(repeat + 1)][1:]
+        rows.append(
+            BenchRow(
+                size,
+                prompt_len,
+                output_len,
+                prefill_tokens_per_s=max(t[0] for t in tries),
+                decode_tokens_per_s=size / min(t[1] for t in tries),
+                tokens_per_s=size * output_len / min(t[3] for t in tries),
+                first_token_ms=size * prompt_len / max(t[0] for t in tries) * 1e3,
+                decode_step_ms=min(t[1] for t in tries) * 1e3,
+                outside_backend_share=min(tries, key=lambda t: t[1])[2],
             )
-        random = np.random.default_rng(0)
-        for size in sizes:
-            tries = [_once(llm.core, size, prompt_len, output_len, random) for _ in range(repeat + 1)][1:]
-            rows.append(
-                BenchRow(
-                    size,
-                    prompt_len,
-                    output_len,
-                    prefill_tokens_per_s=max(t[0] for t in tries),
-                    decode_tokens_per_s=size / min(t[1] for t in tries),
-                    tokens_per_s=size * output_len / min(t[3] for t in tries),
-                    first_token_ms=size * prompt_len / max(t[0] for t in tries) * 1e3,
-                    decode_step_ms=min(t[1] for t in tries) * 1e3,
-                    outside_backend_share=min(tries, key=lambda t: t[1])[2],
-                )
-            )
+        )
     return rows
 
 
@@ -105,16 +111,16 @@ def _once(
     core: EngineCore, size: int, prompt_len: int, output_len: int, random: np.random.Generator
 ) -> tuple[float, float, float, float]:
     """(prefill tokens per second, seconds of a decode step, share of it outside the backend, seconds of a whole run)."""
-    prefill_s, _ = _drive(core, size, prompt_len, 1, random)
-    whole_s, steps = _drive(core, size, prompt_len, output_len, random)
+    prefill_s, _ = drive(core, size, prompt_len, 1, random)
+    whole_s, steps = drive(core, size, prompt_len, output_len, random)
     seconds, execute = sum(step for step, _ in steps), sum(inside for _, inside in steps)
     return size * prompt_len / prefill_s, seconds / len(steps), 1 - execute / seconds, whole_s
 
 
-def _drive(
+def drive(
     core: EngineCore, size: int, prompt_len: int, output_len: int, random: np.random.Generator
 ) -> tuple[float, list[tuple[float, float]]]:
-    """Run `size` requests to their end: (seconds, (seconds, seconds in the backend) of each step of decoding only)."""
+    """Run `size` requests of random tokens to their end: (seconds, (seconds, seconds in the backend) of each step of decoding only)."""
     from llmlab.runtime.params import SamplingParams
     from llmlab.runtime.request import Request
 
