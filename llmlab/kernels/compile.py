@@ -22,8 +22,9 @@ from typing import Any
 import llmlab
 from llmlab.errors import EngineError, InputError, require
 from llmlab.kernels.binaries import Kernel, KernelSet
-from llmlab.kernels.gpu import geometry
+from llmlab.kernels.gpu import geometry, launch_product
 from llmlab.kernels.gpu.geometry import AttentionVariant, Launch, SamplingGrid
+from llmlab.kernels.gpu.launch_product import ProductKind
 
 SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, 121: 99}
 """KiB of shared memory that one block may have, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
@@ -161,6 +162,29 @@ def feed_source() -> KernelSource:
     launch = geometry.feed(1)
     types = {"ids": "*i32", "previous": "*i32", "count": "i32"}
     return KernelSource("llmlab.kernels.gpu.feed:feed_tokens", types, launch.constants, launch.options)
+
+
+def product_sources(kind: ProductKind, max_rows: int) -> list[KernelSource]:
+    """The kernels of one product in steps of up to `max_rows` rows: one for each class of rows, shared by other sizes."""
+    return [product_source(kind, *launch) for launch in launch_product.launches(kind, max_rows)]
+
+
+def product_source(kind: ProductKind, name: str, launch: Launch) -> KernelSource:
+    """The kernel of one launch."""
+    types = {
+        **dict.fromkeys(("x", "weight", "bias", "add"), _TRITON_TYPES[kind.dtype]),
+        **launch_product.PACKED_TYPES.get((name, kind.bits), {}),
+        "out": _TRITON_TYPES[kind.out_dtype],
+        "scale": "*fp16",
+        **dict.fromkeys(("rows", "depth", "width", "x_stride"), "i32"),
+    }
+    has = {"scale": kind.bits < 16, "bias": kind.bias, "add": kind.add}
+    null = tuple(parameter for parameter, there in has.items() if not there)
+    labels = launch_product.labels(kind, launch)
+    aligned = ("x", "weight", "scale", "bias", "add", "out", "depth", "x_stride")
+    hints = (*aligned, "width") if labels["ALIGNED_WIDTH"] else aligned
+    function = f"llmlab.kernels.gpu.product:{name}"
+    return KernelSource(function, types, launch.constants, launch.options, null, hints, labels)
 
 
 def compile_kernels(

@@ -1,0 +1,194 @@
+"""How a product x · Wᵀ is cut into programs: which kernel, which tiles, for how many rows. Plain integers, no GPU library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llmlab.errors import InputError
+from llmlab.kernels.gpu.geometry import Launch
+
+BITS = {"float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
+"""Of one value of a weight, by its type."""
+GATES = ("", "silu", "gelu", "gelu_tanh", "relu")
+_FLOATS = ("float16", "bfloat16")
+_OUTPUTS = (*_FLOATS, "float32")
+PACKED_TYPES = {
+    ("product_rows", 8): {"weight": "*i32", "x": "*i64"},
+    ("product_rows", 4): {"weight": "*i16", "x": "*i64"},
+    ("product_tiles", 8): {"weight": "*i8"},
+    ("product_tiles", 4): {"weight": "*i8", "x": "*i32"},
+}
+"""What kernels read several values at once as, by kernel and bits of a weight."""
+_TILES_TOGETHER = 8  # row tiles whose programs run side by side, so that they find each other's weights in the L2 cache
+
+
+@dataclass(frozen=True)
+class ProductKind:
+    """What is fixed about one product when its kernels are compiled.
+
+    out [rows, width] = x [rows, depth] · Wᵀ, with W [outputs, depth]. With a gate W has 2 · width rows, the gate's first, and
+    out = act(x·Wgᵀ) · (x·Wuᵀ). Sums are float32 whatever the types. Raises InputError for what there are no kernels for.
+    """
+
+    depth: int
+    """Columns of x and W: a multiple of 16, of 32 for int4."""
+    width: int
+    dtype: str
+    """Of x, bias and add: float16 or bfloat16."""
+    out_dtype: str
+    weight: str
+    """float16, bfloat16 (the same as dtype), int8, or int4: two signed values a byte, the first in the low half."""
+    group: int = 0
+    """int8, int4: columns that share a scale, 32, 64 or 128. 0: a scale for each row of W. A divisor of depth."""
+    gate: str = ""
+    bias: bool = False
+    """bias [outputs] is added, before the gate."""
+    add: bool = False
+    """add [rows, width] is added to the result: the residual."""
+
+    def __post_init__(self) -> None:
+        quantized = self.weight in ("int8", "int4")
+        granule = 32 if self.weight == "int4" else 16
+        right = (
+            self.dtype in _FLOATS
+            and self.out_dtype in _OUTPUTS
+            and self.weight in (self.dtype, "int8", "int4")
+            and self.gate in GATES
+            and self.depth > 0
+            and self.width > 0
+            and self.depth % granule == 0
+            and (self.group in (0, 32, 64, 128) if quantized else self.group == 0)
+            and (not self.group or self.depth % self.group == 0)
+        )
+        if not right:
+            raise InputError(
+                f"no kernels for the product {self}: expected float16 or bfloat16 x, a weight of its type or of int8 or int4 in groups of "
+                f"0, 32, 64 or 128 that divide depth, depth a multiple of {granule}, a gate of {', '.join(filter(None, GATES))} or none"
+            )
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.weight]
+
+    @property
+    def outputs(self) -> int:
+        """Rows of W."""
+        return 2 * self.width if self.gate else self.width
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Of W as it is stored: int4 in bytes of two values."""
+        return self.outputs, self.depth // 2 if self.weight == "int4" else self.depth
+
+    @property
+    def scale_shape(self) -> tuple[int, ...] | None:
+        """Of the float16 scales."""
+        if self.bits == 16:
+            return None
+        return (self.outputs, self.depth // self.group) if self.group else (self.outputs,)
+
+    @property
+    def _constants(self) -> dict[str, Any]:
+        return {
+            "BITS": self.bits,
+            "GROUP": self.group,
+            "GATE": self.gate,
+            "BIAS": self.bias,
+            "ADD": self.add,
+            "DTYPE": self.dtype,
+        }
+
+
+@dataclass(frozen=True)
+class Vector:
+    """`product_rows`: each program has some columns of out, for up to 4 rows, without tensor cores."""
+
+    rows: int
+    columns: int
+    warps: int
+    unroll: int = 1
+    """Times 16 bytes that a thread reads of each row of W at once."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`product_tiles`: each program has rows x columns of out, `depth` columns of x at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    swap: bool = False
+    """W's tile is the left side of the product that the tensor cores see, so that few rows don't leave them idle."""
+
+
+def row_class(rows: int) -> int:
+    """The most rows of the class that `rows` falls into."""
+    return next((most for most in ROW_CLASSES if rows <= most), ROW_CLASSES[-1])
+
+
+ROW_CLASSES = (1, 2, 4, 16, 32, 64, 128, 1 << 30)
+
+
+def tile(kind: ProductKind, rows: int) -> Vector | Tile:
+    """How this product is cut for a step of `rows` rows."""
+    most = row_class(rows)
+    if most <= 4:
+        return _vector(kind, most)
+    if kind.bits < 16:
+        return _quantized_tile(kind, most)
+    if most <= 128:
+        columns = 16 if kind.width <= 8192 and not kind.gate else 32
+        depth, stages = (256, 4) if most <= 32 and columns == 16 else (128, 4)
+        return Tile(max(16, most), columns, depth, 4, stages if most <= 64 else 3)
+    return Tile(128, 128 if kind.gate else 256, 64, 8, 3)
+
+
+def _vector(kind: ProductKind, rows: int) -> Vector:
+    columns = 1 if kind.gate or kind.width <= 8192 else 2
+    return Vector(rows, columns, 2 if kind.depth % 2048 else 8 if kind.bits == 16 else 4)
+
+
+def _quantized_tile(kind: ProductKind, most: int) -> Tile:
+    depth = kind.group or 128
+    if most <= 128:
+        return Tile(max(16, most), 32 if kind.gate else 64, depth, 4, 4 if most <= 64 else 3, swap=True)
+    return Tile(128, 64 if kind.gate else 128, min(depth, 64), 8, 3, swap=True)
+
+
+def launch(kind: ProductKind, rows: int, cut: Vector | Tile | None = None) -> tuple[str, Launch]:
+    """The kernel's name, and its launch for `rows` rows; `cut` instead of what `tile` says."""
+    cut = cut or tile(kind, rows)
+    columns = -(-kind.width // cut.columns)
+    if isinstance(cut, Vector):
+        constants = {
+            **kind._constants,
+            "ROWS": cut.rows,
+            "COLUMNS": cut.columns,
+            "THREADS": 32 * cut.warps * cut.unroll,
+        }
+        return "product_rows", Launch(constants, {"num_warps": cut.warps}, (columns, -(-rows // cut.rows)))
+    constants = {
+        **kind._constants,
+        "BLOCK_ROWS": cut.rows,
+        "BLOCK_COLUMNS": cut.columns,
+        "BLOCK_DEPTH": cut.depth,
+        "SWAP": cut.swap,
+        "TOGETHER": _TILES_TOGETHER,
+    }
+    options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    return "product_tiles", Launch(constants, options, (columns * -(-rows // cut.rows),))
+
+
+def launches(kind: ProductKind, max_rows: int) -> list[tuple[str, Launch]]:
+    """What steps of up to `max_rows` rows launch, one for each class of them."""
+    return [launch(kind, rows) for rows in ROW_CLASSES[: ROW_CLASSES.index(row_class(max_rows)) + 1]]
+
+
+def labels(kind: ProductKind, launch: Launch) -> dict[str, Any]:
+    """What tells a compiled kernel from others of its name. Products of other sizes share it."""
+    aligned = kind.width % 16 == 0
+    warps = {name.upper(): value for name, value in launch.options.items()}
+    return {**launch.constants, **warps, "OUT_DTYPE": kind.out_dtype, "ALIGNED_WIDTH": aligned}

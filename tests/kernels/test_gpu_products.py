@@ -1,0 +1,157 @@
+"""The product kernels against NumPy in float64: on the GPU where there is one, else under Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed: pip install 'llmlab[tensorrt]'", allow_module_level=True)
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from llmlab.kernels.activations import ACTIVATIONS  # noqa: E402
+from llmlab.kernels.gpu.launch_product import ProductKind, Tile, Vector  # noqa: E402
+from llmlab.kernels.gpu.start_product import start_product  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teach Triton's interpreter, which keeps bfloat16 as integers, to multiply them and to make them of integers."""
+    if DEVICE == "cuda":
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def wide(self: Any, value: Any) -> Any:
+        return cast(self, value, tl.float32) if value.dtype.scalar == tl.bfloat16 else value
+
+    def cast_impl(self: Any, value: Any, to: Any) -> Any:
+        if to.scalar == tl.bfloat16 and value.dtype.scalar.is_int():
+            value = cast(self, value, tl.float32)
+        return cast(self, value, to)
+
+    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return dot(self, wide(self, a), wide(self, b), *others)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+TOLERANCE = {"float16": 2e-3, "bfloat16": 1.5e-2, "float32": 1e-4}  # of any element, beside the largest of its row
+HALF = ProductKind(144, 72, "float16", "float16", "float16")
+INT8 = replace(HALF, weight="int8")
+INT4 = replace(HALF, depth=160, weight="int4")
+
+
+@dataclass
+class Case:
+    """Tensors of one product and, in float64, what comes of them."""
+
+    kind: ProductKind
+    x: Any
+    weight: Any
+    scale: Any
+    bias: Any
+    add: Any
+    expected: np.ndarray
+
+    def error(self, cut: Vector | Tile | None = None) -> float:
+        """The largest error of an element, beside the largest of its row; infinite where something wasn't written."""
+        out = torch.full(self.expected.shape, torch.nan, dtype=getattr(torch, self.kind.out_dtype), device=DEVICE)
+        start_product(self.kind, out, self.x, self.weight, self.scale, self.bias, self.add, cut)
+        found = out.double().cpu().numpy()
+        if not np.isfinite(found).all():
+            return float("inf")
+        return float((np.abs(found - self.expected).max(1) / np.abs(self.expected).max(1)).max())
+
+    def right(self, cut: Vector | Tile | None = None) -> bool:
+        return self.error(cut) < TOLERANCE[self.kind.out_dtype]
+
+
+def packed(values: np.ndarray) -> np.ndarray:
+    """int4 [N, K] as they are stored: [N, K / 2], the first of two in the low half of a byte."""
+    low, high = values[:, ::2] & 15, values[:, 1::2] & 15
+    return (low | high << 4).astype(np.uint8).view(np.int8)
+
+
+def case(kind: ProductKind, rows: int, seed: int = 0) -> Case:
+    """x is a view of a wider tensor whose other columns are NaN."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> Any:
+        return torch.tensor(rng.standard_normal(shape), dtype=getattr(torch, kind.dtype))
+
+    wide = torch.full((rows, kind.depth + 32), torch.nan, dtype=getattr(torch, kind.dtype))
+    x = wide[:, 16 : 16 + kind.depth]
+    x.copy_(draw(rows, kind.depth))
+    bias, add = draw(kind.outputs) if kind.bias else None, draw(rows, kind.width) if kind.add else None
+    scale = None
+    if kind.bits == 16:
+        weight = draw(kind.outputs, kind.depth)
+        real = weight.double().numpy()
+    else:
+        least = -(2 ** (kind.bits - 1))
+        values = rng.integers(least, -least, (kind.outputs, kind.depth))
+        values[0, :2] = least, -least - 1
+        scale = torch.tensor(rng.uniform(0.5, 2, kind.scale_shape) / -least, dtype=torch.float16)
+        weight = torch.tensor(packed(values) if kind.bits == 4 else values.astype(np.int8))
+        each = kind.depth // kind.group if kind.group else 1
+        real = values * np.repeat(scale.double().numpy().reshape(kind.outputs, each), kind.depth // each, 1)
+    expected = x.double().numpy() @ real.T
+    if bias is not None:
+        expected = expected + bias.double().numpy()
+    if kind.gate:
+        expected = ACTIVATIONS[kind.gate](expected[:, : kind.width], 1.0) * expected[:, kind.width :]
+    if add is not None:
+        expected = expected + add.double().numpy()
+    given = (wide.to(DEVICE)[:, 16 : 16 + kind.depth], weight, scale, bias, add)
+    return Case(kind, *(None if t is None else t.to(DEVICE) for t in given), expected)
+
+
+# Under the interpreter each program takes a while: few of them, in the kernel that has many for few rows.
+SMALL = replace(HALF, depth=160, width=23)
+KINDS = {
+    "float16": HALF,
+    "bfloat16": replace(HALF, dtype="bfloat16", out_dtype="bfloat16", weight="bfloat16"),
+    "int8": INT8,
+    "int8 in groups": replace(INT8, depth=192, group=64),
+    "int4": INT4,
+    "int4 in groups": replace(INT4, group=32),
+    "int4 in groups of 128, bfloat16": replace(INT4, depth=256, group=128, dtype="bfloat16", out_dtype="bfloat16"),
+    "float16, bias, residual": replace(HALF, bias=True, add=True),
+    "float16, everything": replace(HALF, gate="silu", bias=True, add=True, out_dtype="float32"),
+    "int8, everything": replace(INT8, gate="gelu", bias=True, add=True, out_dtype="bfloat16"),
+    "int4 in groups, everything": replace(INT4, group=32, gate="gelu_tanh", bias=True, add=True, out_dtype="float32"),
+    "bfloat16 and int8, relu": replace(INT8, dtype="bfloat16", gate="relu", out_dtype="float32"),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+ONE_TILE = {16: Tile(16, 32, 64, 4, 2), 64: Tile(64, 64, 32, 4, 2, swap=True), 128: Tile(128, 64, 32, 4, 2)}
+
+
+@every_kind
+@pytest.mark.parametrize("rows", [5, 16, 17, 63, 64, 65, 130])
+def test_a_product_with_tensor_cores(kind: ProductKind, rows: int) -> None:
+    assert case(kind, rows).right()
+
+
+@every_kind
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_product_of_few_rows(kind: ProductKind, rows: int) -> None:
+    assert case(replace(kind, width=5), rows).right(Vector(rows, 2, 1))
+
+
+@every_kind
+@pytest.mark.parametrize("swap", [False, True])
+def test_either_operand_may_be_on_the_left(kind: ProductKind, swap: bool) -> None:
+    assert case(kind, 37).right(Tile(32, 32, 32, 4, 2, swap))
