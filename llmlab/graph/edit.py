@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from llmlab.errors import GraphError
 from llmlab.graph.graph import Graph
+from llmlab.graph.store.storage import loaded
 
 Dim = int | str | None
 RANDOM = frozenset(
@@ -31,7 +32,7 @@ def value(tensor: gs.Tensor | None, limit: int = 1 << 20) -> np.ndarray | None:
     """A constant's array (None for a variable, an omitted input, or one of more than `limit` bytes)."""
     if not isinstance(tensor, gs.Constant) or tensor._values.nbytes > limit:
         return None
-    return np.asarray(tensor.values)
+    return np.asarray(loaded(tensor._values))  # the surgeon's `values` would keep what was only deferred
 
 
 def scalar(tensor: gs.Tensor | None) -> float | None:

@@ -21,7 +21,10 @@ from llmlab.graph.sources.concrete_shapes import BATCH, SEQUENCE, infer
 from llmlab.graph.sources.naming import name_nodes
 from llmlab.graph.sources.opset import check_age, convert_opset
 from llmlab.graph.store.check import check_model
+from llmlab.graph.store.deferred import Packed
 from llmlab.graph.store.external import map_external
+from llmlab.graph.store.lazy import Values
+from llmlab.graph.store.packed import is_packed
 from llmlab.graph.store.storage import fill_constants, from_proto, parse_onnx
 
 ONNX_SUFFIX = ".onnx"
@@ -76,12 +79,13 @@ def _config(path: Path, config: Mapping[str, Any] | ModelConfig | str | Path | N
     return ModelConfig.from_hf(read_json(where, GraphError), where=str(where))
 
 
-def _take_weights(model: ModelProto, path: Path) -> dict[str, np.ndarray]:
+def _take_weights(model: ModelProto, path: Path) -> dict[str, Values]:
     """Arrays of all initializers but small ones, by name; in the protobuf, a reference to nothing is left of them."""
     arrays = map_external(path, model.graph.initializer)
     for tensor in model.graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() >= _SMALL:
-            arrays[tensor.name] = numpy_helper.to_array(tensor)
+            values = numpy_helper.to_array(tensor)
+            arrays[tensor.name] = Packed.of(values) if is_packed(values.dtype) else values
     for tensor in model.graph.initializer:
         if tensor.name in arrays:
             tensor.CopyFrom(
@@ -176,7 +180,7 @@ def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
                 node.input[i] = new
 
 
-def _widen(model: ModelProto, arrays: Mapping[str, np.ndarray]) -> None:
+def _widen(model: ModelProto, arrays: Mapping[str, Values]) -> None:
     """float16 and bfloat16 → float32, with a Cast behind each weight, which stays as it is stored."""
     casts: list[NodeProto] = []
     graph = model.graph
@@ -204,7 +208,7 @@ def _float32(tensor: TensorProto) -> TensorProto:
     return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
 
 
-def _to_surgeon(model: ModelProto, arrays: Mapping[str, np.ndarray], where: str, config: ModelConfig) -> gs.Graph:
+def _to_surgeon(model: ModelProto, arrays: Mapping[str, Values], where: str, config: ModelConfig) -> gs.Graph:
     longest = config.max_position_embeddings
     graph = _import(model, arrays, where, longest)
     if all(t.name != _POSITIONS for t in graph.inputs):
@@ -226,7 +230,7 @@ def _to_surgeon(model: ModelProto, arrays: Mapping[str, np.ndarray], where: str,
     return graph
 
 
-def _import(model: ModelProto, arrays: Mapping[str, np.ndarray], where: str, longest: int) -> gs.Graph:
+def _import(model: ModelProto, arrays: Mapping[str, Values], where: str, longest: int) -> gs.Graph:
     """The surgeon's graph, with inferred types and shapes, and `arrays` in the places of the initializers."""
     graph = model.graph
     for value in (*graph.input, *graph.output):

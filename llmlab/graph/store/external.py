@@ -14,6 +14,9 @@ import numpy as np
 from onnx import TensorProto
 
 from llmlab.errors import GraphError
+from llmlab.graph.store.deferred import Packed
+from llmlab.graph.store.lazy import Values
+from llmlab.graph.store.packed import is_packed
 from llmlab.graph.store.tensors import tensor_bytes, tensor_dtype
 
 _DIGITS = 20  # of a number in an entry; 2⁶⁴ has as many
@@ -24,7 +27,7 @@ def map_external(
     tensors: Iterable[TensorProto],
     only: str | None = None,
     references: Mapping[str, BinaryIO] = MappingProxyType({}),
-) -> dict[str, np.ndarray]:
+) -> dict[str, Values]:
     """Memory maps of the external ones among `tensors`, by name; all of them must lie in the file `only`, if that is given,
     or in one of `references`: open files that were checked elsewhere, by location."""
     data = _Files(model, only, references)
@@ -48,8 +51,8 @@ class _Files:
         self._files = dict(references)
         self._taken: dict[str, dict[int, int]] = {}
 
-    def map(self, tensor: TensorProto) -> np.ndarray:
-        """The tensor as a read-only memory map. Raises GraphError where its entry is not to be followed."""
+    def map(self, tensor: TensorProto) -> Values:
+        """The tensor as a read-only memory map, one of four-bit numbers as a map of their bytes. Raises GraphError where its entry is not to be followed."""
         entry = {e.key: e.value for e in tensor.external_data}
         location = entry.get("location", "")
         label = f"{self.model}: {tensor.name!r}"
@@ -60,8 +63,10 @@ class _Files:
         offset = _number(entry, "offset", label)
         length = _number(entry, "length", label) if "length" in entry else None
         wanted = tensor_bytes(tensor)
-        if tensor_dtype(tensor).itemsize * int(np.prod(tensor.dims, dtype=object)) != wanted:
-            raise GraphError(f"{label} has values of less than a byte in another file; store it in the graph")
+        dtype, shape = tensor_dtype(tensor), tuple(tensor.dims)
+        four_bits = is_packed(dtype)
+        if not four_bits and dtype.itemsize * int(np.prod(shape, dtype=object)) != wanted:
+            raise GraphError(f"{label} has values of two bits in another file; store it in the graph")
         if length not in (None, wanted):
             raise GraphError(f"{label} of shape {list(tensor.dims)} needs {wanted} bytes, its entry gives it {length}")
         file = self._open(location, label)
@@ -71,7 +76,9 @@ class _Files:
                 f"{label} wants bytes {offset} to {offset + wanted} of {location}, which has {size}: truncated or altered"
             )
         self._taken.setdefault(location, {})[offset] = max(wanted, self._taken.get(location, {}).get(offset, 0))
-        return np.memmap(file, tensor_dtype(tensor), "r", offset, tuple(tensor.dims))
+        if four_bits:
+            return Packed(np.memmap(file, np.uint8, "r", offset, (wanted,)), shape, dtype)
+        return np.memmap(file, dtype, "r", offset, shape)
 
     def check_overlaps(self) -> None:
         """No tensor may lie across the beginning of another; the same bytes under two names are a tied weight."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llmlab.graph.store.storage import DeferredValues
+from llmlab.graph.store.deferred import DeferredValues
 
 Values = np.ndarray | DeferredValues
 """What a constant may hold: an array (mostly a memory map), or one that is computed when it is asked for."""

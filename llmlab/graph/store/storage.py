@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -20,32 +20,16 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from llmlab.errors import GraphError
 from llmlab.files import PROTO_LIMIT, read_bytes
 from llmlab.graph.store.check import check_model
+from llmlab.graph.store.deferred import DeferredValues, Packed
 from llmlab.graph.store.external import map_external
+from llmlab.graph.store.lazy import Values
+from llmlab.graph.store.packed import is_packed, pack
 from llmlab.graph.store.references import References
 from llmlab.progress import byte_bar
 
 MODEL, WEIGHTS = "graph.onnx", "weights.bin"
 _INLINE = 1024  # bytes; smaller constants stay in the protobuf
 _ALIGN = 4096  # bytes; so that a runtime can map each tensor
-
-
-class DeferredValues(LazyValues):
-    """A constant whose array is computed when it is written, one at a time, and not kept."""
-
-    sources: Sequence[np.ndarray | DeferredValues] = ()
-    """The arrays that it is computed from."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
-        self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-
-    def load(self) -> np.ndarray:
-        raise NotImplementedError(f"{type(self).__name__} computes nothing")
-
-    @property
-    def tensor(self) -> TensorProto:
-        """The values inside a protobuf, for `Graph.to_onnx`."""
-        return onnx.numpy_helper.from_array(self.load())
 
 
 class External(LazyValues):
@@ -94,22 +78,27 @@ def write_onnx(
         for constant in constants(graph):
             before = constant._values
             if constant._values.nbytes < _INLINE:
-                if isinstance(constant._values, DeferredValues):
-                    swap(constant, array(constant))
-                continue
+                continue  # one that is deferred is computed where it goes into the protobuf
             advance(int(before.nbytes))
             if references is not None and (place := references.place(before)) is not None:
                 swap(constant, External(*place, before.nbytes, before.dtype, tuple(before.shape)))
                 continue
             file.write(b"\0" * (-file.tell() % _ALIGN))
-            values = np.ascontiguousarray(array(constant))
-            external = External(weights, file.tell(), values.nbytes, values.dtype, tuple(values.shape))
-            file.write(values.reshape(-1).view(np.uint8).data)
-            swap(constant, external)
-            del values
+            stored = _stored(before)
+            swap(constant, External(weights, file.tell(), stored.nbytes, np.dtype(before.dtype), tuple(before.shape)))
+            file.write(stored.data)
+            del stored
             _release(before)
         proto = gs.export_onnx(graph, do_type_check=False, ir_version=11)
     (folder / model).write_bytes(proto.SerializeToString())
+
+
+def _stored(values: np.ndarray | LazyValues) -> np.ndarray:
+    """What a constant holds, as the bytes [n] that go into a file."""
+    if isinstance(values, Packed):
+        return np.asarray(values.packed)
+    flat = np.ascontiguousarray(loaded(values)).reshape(-1)
+    return pack(flat) if is_packed(flat.dtype) else flat.view(np.uint8)
 
 
 def _release(values: object) -> None:
@@ -181,7 +170,7 @@ def read_onnx(
     return graph
 
 
-def fill_constants(graph: gs.Graph, arrays: Mapping[str, np.ndarray]) -> None:
+def fill_constants(graph: gs.Graph, arrays: Mapping[str, Values]) -> None:
     """Give constants the array of their name, and those that have none what the model itself holds for them."""
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Constant):
@@ -189,4 +178,5 @@ def fill_constants(graph: gs.Graph, arrays: Mapping[str, np.ndarray]) -> None:
             if tensor.name in arrays:
                 tensor._values = arrays[tensor.name]
             elif isinstance(tensor._values, LazyValues):
-                tensor._values = onnx.numpy_helper.to_array(tensor._values.tensor)
+                values = onnx.numpy_helper.to_array(tensor._values.tensor)
+                tensor._values = Packed.of(values) if is_packed(values.dtype) else values

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -20,6 +21,8 @@ from hypothesis import strategies as st
 from llmlab.errors import LlmlabError
 from llmlab.graph.graph import MANIFEST, Graph, constants
 from llmlab.graph.store import storage
+from llmlab.graph.store.deferred import Packed
+from llmlab.graph.store.packed import pack, unpack
 from llmlab.graph.store.storage import MODEL, WEIGHTS, DeferredValues, write_onnx
 
 
@@ -252,7 +255,7 @@ def test_saving_that_is_interrupted_leaves_nothing(
     store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch, stop: Any
 ) -> None:
     before = {p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()}
-    monkeypatch.setattr(storage, "array", lambda constant: (_ for _ in ()).throw(stop()))
+    monkeypatch.setattr(storage, "loaded", lambda values: (_ for _ in ()).throw(stop()))
     for path in (folder, folder.parent / "new"):
         with pytest.raises(stop):
             store.plain("llama").save(path, overwrite=True)
@@ -267,3 +270,50 @@ def test_a_graph_is_saved_over_itself(folder: Path) -> None:
     graph.save(folder, overwrite=True)
     after = {t.name: np.array(t.values) for t in constants(Graph.load(folder).surgeon)}
     assert before.keys() == after.keys() and all(np.array_equal(before[n], after[n]) for n in before)
+
+
+class _Counting(DeferredValues):
+    def load(self) -> np.ndarray:
+        return (np.arange(np.prod(self.shape)) % 16 - 8).astype(self.dtype).reshape(self.shape)
+
+
+@pytest.mark.parametrize("kind", ["deferred", "array"])
+@pytest.mark.parametrize("shape", [(6, 5), (3, 7), (64, 96)])
+def test_four_bits_take_half_a_byte(store: Store, tmp_path: Path, shape: tuple[int, ...], kind: str) -> None:
+    """Inside the protobuf and beside it; as ONNX Runtime reads them, and as they come back."""
+    import onnxruntime as ort
+
+    int4, wide = np.dtype(ml_dtypes.int4), np.dtype(np.float32)
+    expected = _Counting(shape, int4).load()
+    values = gs.Constant("values", _Counting(shape, int4) if kind == "deferred" else Packed.of(expected))
+    out = gs.Variable("out", wide, list(shape))
+    node = gs.Node("DequantizeLinear", inputs=[values, gs.Constant("scale", np.array(0.5, np.float32))], outputs=[out])
+    surgeon = gs.Graph([node], [], [out], opset=23)
+    write_onnx(surgeon, tmp_path)
+    half = -(-expected.size // 2)
+    assert values._values.nbytes == half
+    assert (tmp_path / WEIGHTS).stat().st_size == (half if half >= 1024 else 0)
+    session = ort.InferenceSession(tmp_path / MODEL, providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {})[0], expected.astype(np.float32) / 2)
+    back = storage.read_onnx(tmp_path)
+    (constant, _) = storage.constants(back)
+    assert isinstance(constant._values, Packed) and constant.dtype == int4
+    np.testing.assert_array_equal(storage.array(constant), expected)
+    again = tmp_path / "again"
+    again.mkdir()
+    write_onnx(back, again)
+    assert (again / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
+    (inside, _) = from_proto_bytes(back)
+    np.testing.assert_array_equal(inside, expected)
+
+
+def from_proto_bytes(graph: gs.Graph) -> list[np.ndarray]:
+    return [onnx.numpy_helper.to_array(t) for t in gs.export_onnx(graph, do_type_check=False).graph.initializer]
+
+
+@given(st.lists(st.integers(-8, 7), min_size=1, max_size=40))
+def test_packing(numbers: list[int]) -> None:
+    values = np.array(numbers, np.int8).astype(ml_dtypes.int4)
+    packed = pack(values)
+    assert packed.tobytes() == onnx.numpy_helper.from_array(values).raw_data, "as ONNX has it"
+    assert unpack(packed, values.shape, values.dtype).tolist() == values.tolist()
