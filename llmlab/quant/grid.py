@@ -38,7 +38,7 @@ class Grid:
     per: str = "channel"
 
     def __post_init__(self) -> None:
-        if self.dtype not in _RANGES:
+        if self.dtype not in DTYPES:
             raise InputError(f"dtype is {self.dtype!r}; available: {', '.join(_RANGES)}")
         if self.group not in (0, *GROUPS) or isinstance(self.group, bool):
             raise InputError(f"group is {self.group!r}; available: 0 (a scale a row), {', '.join(map(str, GROUPS))}")
