@@ -46,6 +46,13 @@ def linear(node: gs.Node) -> Linear | None:
     return Linear(node, weight, turn is not None, bias, add.outputs[0])
 
 
+def is_embedding(node: gs.Node, hidden: int) -> bool:
+    """Whether `node` looks tokens or positions up among the weights, and not in a RoPE table."""
+    if node.op != "Gather" or not constant_expression(node.inputs[0]):
+        return False
+    return node.inputs[1].name == "input_ids" or list(node.inputs[0].shape or ())[-1:] == [hidden]
+
+
 def product(
     edit: Editor,
     where: str,

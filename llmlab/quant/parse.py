@@ -43,6 +43,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bfloat16"},
     **{f"kv_{dtype}": {"kv_cache": KVCache(dtype)} for dtype in ("int8", "fp8", "int4")},
 }
+_CHANGES: dict[str, dict[str, Any]] = {"asym": {"symmetric": False}, "tensor": {"per": "tensor", "group": 0}}
 PRESETS = tuple(_PRESETS)
 """Names of the recipes that there are."""
 
@@ -71,7 +72,7 @@ def _preset(name: str) -> dict[str, Any]:
         if change in ("head", "channel", "tensor") and "kv_cache" in found:
             found["kv_cache"] = replace(found["kv_cache"], per=change)
             continue
-        options = {"asym": {"symmetric": False}, "tensor": {"per": "tensor", "group": 0}}.get(change)
+        options = _CHANGES.get(change)
         if change[:1] == "g" and change[1:].isascii() and change[1:].isdigit():
             options = {"group": int(change[1:])}
         if options is None or "weights" not in found:

@@ -168,8 +168,9 @@ class Recipe:
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     def __str__(self) -> str:
-        parts = [self.precision, self.weights, self.activations and f"activations {self.activations}"]
-        parts += [self.kv_cache and f"KV cache {self.kv_cache}"]
+        activations = f"activations {self.activations}" if self.activations else ""
+        kv_cache = f"KV cache {self.kv_cache}" if self.kv_cache else ""
+        parts = (self.precision, self.weights, activations, kv_cache)
         said = ", ".join(str(part) for part in parts if part) or "nothing"
         return f"{self.name}: {said}" if self.name else said
 

@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import constant_expression
-from llmlab.graph.store.storage import DeferredValues, loaded
+from llmlab.graph.store.storage import DeferredValues, array, loaded
 
 Attrs = dict[str, Any]
 _STRIP = 64  # rows that are turned together: their elements share cache lines on both sides
@@ -64,7 +64,13 @@ def _compile(tensor: gs.Tensor) -> Callable[[], np.ndarray]:
     return lambda: operator(attrs, [compute() for compute in inputs])
 
 
-def _can_evaluate(tensor: gs.Tensor) -> bool:
+def evaluate(tensor: gs.Tensor) -> np.ndarray:
+    """The values of a constant or of an expression that `can_evaluate`; computed, not kept."""
+    return array(tensor) if isinstance(tensor, gs.Constant) else Expression(tensor).load()
+
+
+def can_evaluate(tensor: gs.Tensor) -> bool:
+    """Whether `tensor` is a constant, or made of constants by operators that are known here."""
     if isinstance(tensor, gs.Constant):
         return True
     shape: Any = tensor.shape
@@ -78,7 +84,7 @@ def _can_evaluate(tensor: gs.Tensor) -> bool:
         known
         and tensor.inputs
         and tensor.inputs[0].op in _OPS
-        and all(_can_evaluate(t) for t in tensor.inputs[0].inputs)
+        and all(can_evaluate(t) for t in tensor.inputs[0].inputs)
     )
 
 
@@ -97,7 +103,7 @@ def defer_weights(surgeon: gs.Graph) -> None:
                 isinstance(tensor, gs.Variable)
                 and tensor.inputs
                 and constant_expression(tensor)
-                and _can_evaluate(tensor)
+                and can_evaluate(tensor)
             ):
                 if id(tensor) not in made:
                     made[id(tensor)] = gs.Constant(f"{tensor.name}.folded", Expression(tensor))

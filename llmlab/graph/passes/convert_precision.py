@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from llmlab.errors import UnsupportedModelError
 from llmlab.graph.edit import Editor, constant_expression, operand, scope, sort_nodes, value
 from llmlab.graph.graph import Graph
+from llmlab.graph.linear import is_embedding
 from llmlab.graph.narrow import Narrowed, check_range, survives
 from llmlab.graph.passes.drop_batch_axis import ELEMENTWISE
 from llmlab.graph.rewrite import Match, Pass
@@ -75,7 +76,8 @@ class ConvertPrecision(Pass):
         if node.op in _NARROW and not wide:
             target = self.dtype
         elif node.op == "Gather":
-            target = self.dtype if types.is_embedding(node) or node.inputs[0].dtype == self.dtype else WIDE
+            narrow = is_embedding(node, types.hidden) or node.inputs[0].dtype == self.dtype
+            target = self.dtype if narrow else WIDE
         elif node.op in _EITHER and not wide:
             mixed = any(_is_wide(t) and not constant_expression(t) for t in node.inputs)
             target = WIDE if mixed or not all(survives(value(t), self.dtype) for t in node.inputs) else self.dtype
@@ -107,12 +109,7 @@ class _Types:
     def __init__(self, edit: Editor, narrow: np.dtype, check_weights: bool) -> None:
         self._edit, self._narrow, self._check_weights = edit, narrow, check_weights
         self._made: dict[tuple[int, np.dtype], gs.Tensor] = {}
-
-    def is_embedding(self, node: gs.Node) -> bool:
-        """Whether `node` looks tokens or positions up among the weights, and not in a RoPE table."""
-        shape = list(node.inputs[0].shape or ())
-        hidden = self._edit.graph.config.hidden_size
-        return constant_expression(node.inputs[0]) and (node.inputs[1].name == "input_ids" or shape[-1:] == [hidden])
+        self.hidden = edit.graph.config.hidden_size
 
     def cast(self, tensor: gs.Tensor, dtype: np.dtype) -> gs.Tensor:
         if tensor.dtype == dtype:
