@@ -73,11 +73,13 @@ Parts = tuple[KVLayout, str, Compiled | None, Callable[[Path], None]]
 
 
 def _onnxruntime(graph: Graph, limits: Limits) -> Parts:
-    from llmlab.graph.lower.onnxruntime import kv_layers, lower
+    from llmlab.graph.lower.onnxruntime import cache_layout, lower
 
     capacity = slot_capacity(limits)
     lowered = lower(graph, capacity)
-    kv = KVLayout("slots", "float32", capacity, kv_layers(lowered))
+    cache = cache_layout(graph, lowered)
+    rounding = "" if cache.rounding == cache.dtype else cache.rounding
+    kv = KVLayout("slots", cache.dtype, capacity, cache.layers, rounding)
     return kv, "float32", None, lambda work: write_onnx(lowered.surgeon, work, MODEL, WEIGHTS)
 
 

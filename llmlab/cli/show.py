@@ -207,8 +207,7 @@ def engine(found: Engine, *, as_json: bool) -> None:
         "model": f"{config.model_type}, {config.num_layers} layers, vocabulary {config.vocab_size:,}",
         "target": f"{manifest.target}, {manifest.precision}",
         "limits": f"{manifest.limits.max_seq_len:,} tokens a sequence, {manifest.limits.max_tokens_per_step:,} a step",
-        "KV cache": f"{manifest.kv.layout}, {manifest.kv.dtype}, "
-        f"{sum(2 * heads * dim for heads, dim in manifest.kv.layers):,} numbers a token",
+        "KV cache": str(manifest.kv),
         "end of sequence": manifest.eos_token_ids or "none",
         "sampling": ", ".join(sampling) or "temperature 1",
         "passes": ", ".join(f"{name} {count}" for name, count in manifest.passes if count),

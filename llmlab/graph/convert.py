@@ -14,7 +14,8 @@ PRECISIONS = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bf
 
 
 def convert(graph: Graph, precision: str) -> Graph:
-    """The serving graph with weights, activations and KV cache in `precision` (float16 or bfloat16); the input is not changed.
+    """The serving graph with weights, activations and KV cache (unless it is quantized) in `precision` (float16 or bfloat16); the
+    input is not changed.
 
     Norms, softmax and attention scores compute in float32 inside their nodes; RoPE tables, routers and what follows the
     head stay float32, and so do the logits. A weight that the checkpoint holds in `precision` stays a map into it.
@@ -25,9 +26,8 @@ def convert(graph: Graph, precision: str) -> Graph:
         raise InputError(f"precision is {precision!r}; available: {', '.join(PRECISIONS)}")
     if not isinstance(graph, Graph) or graph.kind != "serving":
         raise InputError("expected a serving graph: pass what llmlab.optimize returned")
-    caches = {np.dtype(t.dtype).name for t in graph.surgeon.inputs if t.name.startswith("kv_cache.")}
-    if caches != {"float32"}:
-        raise InputError(f"the graph is in {', '.join(sorted(caches))} already: convert the one that optimize returned")
+    if graph.activations != "float32":
+        raise InputError(f"the graph is in {graph.activations} already: convert the one that optimize returned")
     result = graph.copy()
     run_pass(ConvertPrecision(PRECISIONS[precision]), result)
     return result

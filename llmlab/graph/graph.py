@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -40,6 +41,14 @@ class KVLayer:
     name: str
     kv_heads: int
     head_dim: int
+    dtype: np.dtype
+    """float32, float16 or bfloat16; int8, int4 or float8_e4m3fn where the cache is quantized."""
+
+    @classmethod
+    def of(cls, node: gs.Node) -> KVLayer:
+        """That of a PagedAttention node."""
+        pool, attrs = node.inputs[3], node.attrs
+        return cls(pool.name, attrs["kv_num_heads"], attrs["head_dim"], np.dtype(pool.dtype))
 
 
 class Graph:
@@ -68,11 +77,12 @@ class Graph:
 
     def kv_layers(self) -> list[KVLayer]:
         """One entry per PagedAttention node, in execution order."""
-        return [
-            KVLayer(n.inputs[3].name, n.attrs["kv_num_heads"], n.attrs["head_dim"])
-            for n in self.surgeon.nodes
-            if n.op == "PagedAttention"
-        ]
+        return [KVLayer.of(n) for n in self.surgeon.nodes if n.op == "PagedAttention"]
+
+    @property
+    def activations(self) -> str:
+        """The type that a serving graph's attention computes in: float32, float16 or bfloat16."""
+        return next(np.dtype(n.outputs[0].dtype).name for n in self.surgeon.nodes if n.op == "PagedAttention")
 
     def copy(self) -> Graph:
         """A graph that can be rewritten without touching this one; weights are shared."""

@@ -16,6 +16,7 @@ from onnx.reference.ops.op_sigmoid import Sigmoid
 from llmlab.graph.graph import LLMLAB_DOMAIN, Graph
 from llmlab.kernels.activations import ACTIVATIONS, gated_activation
 from llmlab.kernels.experts import mixture_of_experts
+from llmlab.kernels.kv_cache import RANGES
 from llmlab.kernels.reference import paged_attention
 
 
@@ -80,14 +81,18 @@ KERNELS = (PagedAttention, MixtureOfExperts, *_ROUNDED)
 """What the reference evaluator needs to know beside its own kernels."""
 
 
+def unwritten(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A pool whose numbers would be seen if they were read: NaN, or the lowest number of an integer type."""
+    return np.full(shape, RANGES[dtype.name][0] if dtype.name.startswith("int") else np.nan, dtype)
+
+
 class Interpreter:
     """A serving graph, executed step by step; the KV pools live in `caches`."""
 
     def __init__(self, graph: Graph, num_blocks: int, block_size: int) -> None:
         self._run = ReferenceEvaluator(graph.to_onnx(), new_ops=list(KERNELS))
-        types = {t.name: t.dtype for t in graph.surgeon.inputs}
         self.caches = {
-            layer.name: np.full((2, num_blocks, layer.kv_heads, block_size, layer.head_dim), np.nan, types[layer.name])
+            layer.name: unwritten((2, num_blocks, layer.kv_heads, block_size, layer.head_dim), layer.dtype)
             for layer in graph.kv_layers()
         }
 

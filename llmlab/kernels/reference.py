@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from llmlab.kernels.kv_cache import dequantize, per_channel, quantize
+
 Array = NDArray[np.floating]
 
 
@@ -40,6 +42,8 @@ def paged_attention(
     sin: Array | None = None,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
     *,
     num_heads: int,
     kv_num_heads: int,
@@ -57,6 +61,8 @@ def paged_attention(
     cos, sin: [max_position, rotary_dim / 2], as for `rope`. alibi_slopes [num_heads]: slope · (key − query) is added to each
     score (ALiBi: Press et al., 2022). sinks [num_heads]: a logit in each softmax's denominator that no value belongs to
     (Xiao et al., 2024, as gpt-oss learns it).
+    k_scale, v_scale [kv_num_heads] or [kv_num_heads, head_dim]: given where the pool is int8, int4 or float8_e4m3fn; what it holds
+    (`kernels/kv_cache.py`) times these are the keys, turned, and the values. New tokens are attended to as they lie in the pool.
     window: keys a token sees, itself included; 0 for all. softcap: scores become softcap · tanh(score / softcap), before
     ALiBi; 0 for none.
 
@@ -73,6 +79,8 @@ def paged_attention(
     if cos is not None and sin is not None:
         q = rope(q, position_ids, cos, sin, interleaved=interleaved)
         k = rope(k, position_ids, cos, sin, interleaved=interleaved)
+    scales = [None if s is None else per_channel(s, kv_num_heads, head_dim) for s in (k_scale, v_scale)]
+    k, v = (x if s is None else quantize(x, s, pool.dtype) for x, s in zip((k, v), scales, strict=True))
     out = np.zeros_like(q)
     for b, length in enumerate(kv_len):
         rows = slice(query_start[b], query_start[b + 1])
@@ -81,8 +89,8 @@ def paged_attention(
         blocks, offsets = block_table[b, index // block_size], index % block_size
         pool[0, blocks[length - new :], :, offsets[length - new :]] = k[rows]
         pool[1, blocks[length - new :], :, offsets[length - new :]] = v[rows]
-        keys, values = pool[0, blocks, :, offsets], pool[1, blocks, :, offsets]  # [length, kv_heads, dim]
-        keys, values = keys.astype(wide), values.astype(wide)
+        seen = (pool[half, blocks, :, offsets] for half in range(2))  # [length, kv_heads, dim]
+        keys, values = (x.astype(wide) if s is None else dequantize(x, s) for x, s in zip(seen, scales, strict=True))
         at = np.arange(length - new, length)[:, None]
         visible = (index <= at) & (index > at - (window or length + 1))
         for h in range(num_heads):

@@ -100,7 +100,7 @@ class Engine:
             "target": f"{m.target}, {m.precision}",
             "size": f"{self.size / 1e6:.1f} MB in {len(m.files)} files",
             "limits": f"{m.limits.max_seq_len:,} tokens a sequence, {m.limits.max_tokens_per_step:,} new tokens a step",
-            "KV cache": f"{m.kv.layout}, {m.kv.dtype}, {sum(2 * h * d for h, d in m.kv.layers):,} numbers a token",
+            "KV cache": str(m.kv),
         }
         if (c := m.compiled) is not None:
             gpus = ", ".join(f"{major}.{minor}" for major, minor in c.compute_capabilities)

@@ -12,6 +12,7 @@ from typing import Any
 from llmlab.config import ModelConfig
 from llmlab.errors import CheckpointError, EngineError
 from llmlab.files import read_json, sha256, write_json
+from llmlab.kernels.kv_cache import BITS
 
 ENGINE_FORMAT = 1
 MANIFEST = "manifest.json"
@@ -42,6 +43,30 @@ class KVLayout:
     capacity: int
     """Tokens a block has room for. A slot holds the longest sequence and the padding of one step behind it."""
     layers: tuple[tuple[int, int], ...]
+    rounding: str = ""
+    """A narrower type that the numbers are rounded to, on a target that has no cache of that type; else empty."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values, all layers."""
+        return sum(2 * heads * dim for heads, dim in self.layers) * BITS[self.dtype] // 8
+
+    def __str__(self) -> str:
+        rounded = f" rounded to {self.rounding}" if self.rounding else ""
+        return f"{self.layout}, {self.dtype}{rounded}, {self.bytes_per_token:,} bytes a token"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> KVLayout:
+        """What `asdict` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        layers = tuple((_count(h), _count(d)) for h, d in data["layers"])
+        rounding = str(data.get("rounding", ""))
+        if (
+            data["dtype"] not in BITS
+            or rounding not in ("", *BITS)
+            or any(d * BITS[data["dtype"]] % 8 for _, d in layers)
+        ):
+            raise ValueError(f"no KV cache is {data['dtype']}")
+        return cls(str(data["layout"]), data["dtype"], _count(data["capacity"]), layers, rounding)
 
 
 @dataclass(frozen=True)
@@ -125,12 +150,7 @@ class Manifest:
                 target=str(data["target"]),
                 precision=str(data["precision"]),
                 model=dict(data["model"]),
-                kv=KVLayout(
-                    data["kv"]["layout"],
-                    data["kv"]["dtype"],
-                    _count(data["kv"]["capacity"]),
-                    tuple((_count(h), _count(d)) for h, d in data["kv"]["layers"]),
-                ),
+                kv=KVLayout.from_dict(data["kv"]),
                 limits=Limits(_count(data["limits"]["max_seq_len"]), _count(data["limits"]["max_tokens_per_step"])),
                 eos_token_ids=tuple(_count(i, 0) for i in data["eos_token_ids"]),
                 generation=dict(data["generation"]),

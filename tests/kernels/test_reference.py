@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -148,3 +149,36 @@ def test_later_tokens_are_not_seen() -> None:
     second, _ = paged_attention(q, k, v, pool, *metadata, **sizes)
     np.testing.assert_array_equal(first[:3], second[:3])
     assert np.abs(first[3] - second[3]).max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "float8_e4m3fn"])
+@pytest.mark.parametrize("shape", [(), (KV_HEADS,), (KV_HEADS, DIM)])
+def test_a_quantized_pool_is_the_wide_one_of_rounded_keys_and_values(dtype: str, shape: tuple[int, ...]) -> None:
+    """Written out number by number: divide, round to the nearest (even where two are as near), hold within the range."""
+    rng = np.random.default_rng(1)
+    tokens, kind = 6, np.dtype(getattr(ml_dtypes, dtype, dtype))
+    low, high = {"int8": (-128, 127), "int4": (-8, 7), "float8_e4m3fn": (-448, 448)}[dtype]
+    q, k, v = (rng.standard_normal((tokens, n * DIM)).astype(np.float32) for n in (HEADS, KV_HEADS, KV_HEADS))
+    scales = [rng.uniform(0.5, 1.5, shape).astype(np.float32) * np.float32(2 / high) for _ in "kv"]
+    tables = [np.array([0, tokens], np.int32), np.array([tokens], np.int32), np.array([[1, 0]], np.int32)]
+    options = {"num_heads": HEADS, "kv_num_heads": KV_HEADS, "head_dim": DIM, "scale": 0.4}
+    pool = np.zeros((2, 2, KV_HEADS, BLOCK, DIM), kind)
+    out, after = paged_attention(
+        q, k, v, pool, *tables, np.arange(tokens), k_scale=scales[0], v_scale=scales[1], **options
+    )
+    assert after.dtype == kind and not pool.astype(np.float32).any()
+
+    def rounded(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        heads = x.reshape(tokens, KV_HEADS, DIM).copy()
+        for at in np.ndindex(heads.shape):
+            by = float(np.broadcast_to(scale.reshape(*shape, *[1] * (2 - len(shape))), (KV_HEADS, DIM))[at[1:]])
+            number = min(max(float(heads[at]) / by, low), high)
+            heads[at] = (round(number) if dtype.startswith("int") else float(kind.type(number))) * by
+        return heads.reshape(x.shape)
+
+    wide, _ = paged_attention(
+        q, rounded(k, scales[0]), rounded(v, scales[1]), pool.astype(np.float32), *tables, np.arange(tokens), **options
+    )
+    np.testing.assert_allclose(out, wide, rtol=1e-4, atol=1e-5)
+    plain, _ = paged_attention(q, k, v, pool.astype(np.float32), *tables, np.arange(tokens), **options)
+    assert np.abs(out - plain).max() > 1e-3

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from llmlab.errors import InputError
 from llmlab.graph.edit import Editor, producer, sort_nodes
 from llmlab.graph.graph import Graph
 from llmlab.graph.lower.gated import expand_gated
@@ -34,7 +37,7 @@ def lower(graph: Graph, capacity: int) -> Graph:
     `unpack_index` i64 [R, S] (row of the step that lies there; any where none does), `pack_index` i64 [T] (row · S +
     offset), `seqlens_k` i32 [R] (keys after the step, minus one), `query_seqlens` i32 [R] (new tokens, 0 for an idle
     slot). Each KV pool becomes `past_key.i` and `past_value.i`
-    [R, kv_heads, capacity, channels] (`kv_layers`), to be bound to the same memory as `present_key.i` and `present_value.i`.
+    [R, kv_heads, capacity, channels] (`cache_layout`), to be bound to the same memory as `present_key.i` and `present_value.i`.
     """
     result = graph.copy()
     edit = Editor(result)
@@ -67,6 +70,25 @@ def lower(graph: Graph, capacity: int) -> Graph:
     return result
 
 
-def kv_layers(lowered: Graph) -> tuple[tuple[int, int], ...]:
-    """(kv_heads, channels of a head) of each layer's slots, as the lowered graph wants them."""
-    return tuple((t.shape[1], t.shape[3]) for t in lowered.surgeon.inputs if t.name.startswith("past_key."))
+@dataclass(frozen=True)
+class CacheLayout:
+    """The KV cache that a lowered graph wants."""
+
+    dtype: str
+    """float32, int8, or int4 with two numbers in a byte."""
+    rounding: str
+    """What its numbers are rounded to: `dtype`, or a narrower type that ONNX Runtime's attention can't hold."""
+    layers: tuple[tuple[int, int], ...]
+    """(kv_heads, numbers of a head) of each layer's slots."""
+
+
+def cache_layout(graph: Graph, lowered: Graph) -> CacheLayout:
+    """The KV cache of `lowered`, which `lower` made of `graph`. Raises InputError where layers have caches of several types."""
+    given = {layer.dtype.name for layer in graph.kv_layers()}
+    if len(given) > 1:
+        raise InputError(f"the layers' KV caches are {', '.join(sorted(given))}: expected one type for all of them")
+    (rounding,) = given
+    keys = [t for t in lowered.surgeon.inputs if t.name.startswith("past_key.")]
+    dtype = "int4" if keys[0].dtype == np.uint8 else np.dtype(keys[0].dtype).name
+    numbers = 2 if dtype == "int4" else 1
+    return CacheLayout(dtype, rounding, tuple((t.shape[1], numbers * t.shape[3]) for t in keys))

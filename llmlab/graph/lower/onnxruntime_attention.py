@@ -11,6 +11,8 @@ import onnx_graphsurgeon as gs
 
 from llmlab.errors import UnsupportedModelError
 from llmlab.graph.edit import Editor, operand, producer, scope, value
+from llmlab.graph.graph import KVLayer
+from llmlab.graph.lower.onnxruntime_cache import SlotCache
 
 _DOMAIN = "com.microsoft"
 _WIDTH_STEP = 8  # channels of a head come in multiples of this
@@ -39,6 +41,8 @@ class AttentionLowering:
         split = producer(node.inputs[0], "Split")
         if split is None or [id(t) for t in split.outputs] != [id(t) for t in node.inputs[:3]]:
             return None
+        if SlotCache(self._edit, node, KVLayer.of(node), _width(node)).rounds:
+            return None
         if _width(node) != node.attrs["head_dim"] or not (_turns_inside(node) or operand(node, 8) is None):
             return None
         return split.inputs[0] if all(len(t.outputs) == 1 for t in split.outputs) else None
@@ -56,8 +60,14 @@ class AttentionLowering:
             raise UnsupportedModelError(
                 f"{node.name}: ALiBi beside a softcap or sinks, which ONNX Runtime's attention can't do"
             )
-        turns = _turns_inside(node)
-        rows = [qkv] if qkv is not None else self._shaped(node, turns, width)
+        cache = SlotCache(edit, node, KVLayer.of(node), width)
+        if operand(node, _ALIBI_SLOPES) is not None and cache.dtype != "float32":
+            raise UnsupportedModelError(
+                f"{node.name}: ALiBi over a KV cache in {cache.dtype}, which positions don't fit into on ONNX Runtime: leave the "
+                "KV cache wide, or build for tensorrt"
+            )
+        turns = _turns_inside(node) and not cache.rounds
+        rows = [qkv] if qkv is not None else self._shaped(node, turns, width, cache)
         unpacked: list[gs.Tensor | None] = [
             edit.add(
                 "Gather",
@@ -70,12 +80,12 @@ class AttentionLowering:
             for t in rows
         ]
         unpacked += [None] * (3 - len(unpacked))
-        cache_shape = ["R", kv_heads, self._capacity, width]
-        past = [gs.Variable(f"past_{what}.{layer}", dtype, cache_shape) for what in ("key", "value")]
+        cache_shape = ["R", kv_heads, self._capacity, cache.channels]
+        past = [gs.Variable(f"past_{what}.{layer}", cache.held, cache_shape) for what in ("key", "value")]
         edit.surgeon.inputs.extend(past)
         cos, sin = (self._by_slot(operand(node, i)) if turns else None for i in (8, 9))
         inputs = [*unpacked, *past, self._indices["seqlens_k"], self._total, cos, sin]
-        inputs += [None] * (_HEAD_SINK - len(inputs)) + [operand(node, _SINKS)]
+        inputs += [None] * (_HEAD_SINK - len(inputs)) + [operand(node, _SINKS), *cache.scales()]
         inputs += [None] * (_QUERY_SEQLENS - len(inputs)) + [self._indices["query_seqlens"]]
         options = {
             "num_heads": heads,
@@ -85,13 +95,14 @@ class AttentionLowering:
             "rotary_interleaved": attrs["interleaved"] if turns else 0,
             "local_window_size": attrs["window"] or -1,
             "softcap": attrs["softcap"],
+            **cache.attributes(),
         }
         out, *present = edit.add_many(
             "GroupQueryAttention",
             where,
             inputs,
             options,
-            [(dtype, ["R", "S", heads * width]), (dtype, cache_shape), (dtype, cache_shape)],
+            [(dtype, ["R", "S", heads * width]), (cache.held, cache_shape), (cache.held, cache_shape)],
             domain=_DOMAIN,
         )
         for what, tensor in zip(("key", "value"), present, strict=True):
@@ -109,8 +120,9 @@ class AttentionLowering:
         edit.replace(node.outputs[0], self._cut(where, packed, heads, width, dim))
         node.outputs.clear()
 
-    def _shaped(self, node: gs.Node, turns: bool, width: int) -> list[gs.Tensor]:
-        """q, k, v [T, heads · width], turned unless the operator does it, with zeros and ALiBi's channel behind each head.
+    def _shaped(self, node: gs.Node, turns: bool, width: int, cache: SlotCache) -> list[gs.Tensor]:
+        """q, k, v [T, heads · width], turned unless the operator does it, with zeros and ALiBi's channel behind each head; k and
+        v are rounded where the operator can't.
 
         The bias slope · (key − query) is, up to a constant for each query, which a softmax without a sink doesn't see, the
         product of one channel: slope / scale in q, the key's position in k, nothing in v.
@@ -120,6 +132,7 @@ class AttentionLowering:
         heads = [attrs["num_heads"], attrs["kv_num_heads"], attrs["kv_num_heads"]]
         if operand(node, 8) is not None and not turns:
             rows[:2] = [self._turned(node, t, n) for t, n in zip(rows[:2], heads[:2], strict=True)]
+        rows = cache.rounded(rows)
         if width == dim:
             return rows
         split = [self._reshape(where, t, [0, n, dim]) for t, n in zip(rows, heads, strict=True)]

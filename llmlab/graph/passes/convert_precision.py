@@ -35,7 +35,7 @@ _NARROW = frozenset(
         "RMSNormalization",
     )
 )
-_WIDE_INPUTS = {"PagedAttention": (8, 9, 10, 11), "MixtureOfExperts": (2,)}
+_WIDE_INPUTS = {"PagedAttention": (8, 9, 10, 11, 12, 13), "MixtureOfExperts": (2,)}
 
 
 class ConvertPrecision(Pass):

@@ -43,7 +43,7 @@ class OnnxRuntimeBackend:
             raise InputError(f"threads is {threads!r}, expected an integer of at least 1")
         self.threads = threads or physical_cores()
         self._session = _session(folder / MODEL, self.threads)
-        self._pool = SlotPool(manifest.kv.layers, num_slots, manifest.kv.capacity)
+        self._pool = SlotPool(manifest.kv.layers, num_slots, manifest.kv.capacity, manifest.kv.dtype)
         vocab = self._session.get_outputs()[0].shape[1]
         self.limits = EngineLimits(
             vocab_size=vocab if isinstance(vocab, int) else manifest.config.vocab_size,
@@ -142,7 +142,7 @@ class OnnxRuntimeBackend:
                     (binding.bind_input, f"past_{what}.{i}"),
                     (binding.bind_output, f"present_{what}.{i}"),
                 ):
-                    bind(name, "cpu", 0, np.float32, part.shape, part.ctypes.data)
+                    bind(name, "cpu", 0, part.dtype, part.shape, part.ctypes.data)
         self._spans[low, high] = _Span(low, high, binding)
         return self._spans[low, high]
 

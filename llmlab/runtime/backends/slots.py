@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +19,16 @@ _PAGE = mmap.PAGESIZE
 class SlotPool:
     """Keys and values of every layer for `slots` sequences of up to `capacity` tokens each.
 
-    `layers[i]` is float32 [2, slots, kv_heads, capacity, head_dim], keys first, in one anonymous mapping: a page costs
+    `layers[i]` is [2, slots, kv_heads, capacity, head_dim], keys first, in one anonymous mapping: a page costs
     memory from the first token written to it until `release`. Large pages are declined, or a token would cost 2 MB.
+    dtype: float32 or int8; int4 lies in uint8 [.., head_dim / 2], two numbers in a byte.
     """
 
-    def __init__(self, layers: Sequence[tuple[int, int]], slots: int, capacity: int) -> None:
-        shapes = [(2, slots, heads, capacity, dim) for heads, dim in layers]
-        sizes = [int(np.prod(shape, dtype=np.int64)) * 4 for shape in shapes]
+    def __init__(self, layers: Sequence[tuple[int, int]], slots: int, capacity: int, dtype: str = "float32") -> None:
+        held = np.dtype(np.uint8 if dtype == "int4" else dtype)
+        numbers = 2 if dtype == "int4" else 1
+        shapes = [(2, slots, heads, capacity, dim // numbers) for heads, dim in layers]
+        sizes = [int(np.prod(shape, dtype=np.int64)) * held.itemsize for shape in shapes]
         sizes = [-(-size // _PAGE) * _PAGE for size in sizes]
         try:
             self._memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
@@ -35,8 +39,8 @@ class SlotPool:
             ) from problem
         self._memory.madvise(_NOHUGEPAGE)
         self._offsets = np.cumsum([0, *sizes[:-1]]).tolist()
-        self.layers: list[NDArray[np.float32]] = [
-            np.frombuffer(self._memory, np.float32, int(np.prod(shape)), offset).reshape(shape)
+        self.layers: list[NDArray[Any]] = [
+            np.frombuffer(self._memory, held, int(np.prod(shape)), offset).reshape(shape)
             for shape, offset in zip(shapes, self._offsets, strict=True)
         ]
 

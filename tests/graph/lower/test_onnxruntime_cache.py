@@ -1,0 +1,116 @@
+"""Quantized KV caches on ONNX Runtime against their definition in NumPy, over ragged steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import steps
+from attention_forms import FORMS, LARGE, PLAN, VOCAB, form, reference, worst
+
+from llmlab.build import build
+from llmlab.errors import InputError, UnsupportedModelError
+from llmlab.graph.graph import Graph
+from llmlab.quant.kv_scales import CACHES, Scales, place_scales, scale_of
+from llmlab.runtime.engine import Engine
+
+TOLERANCE = 5e-3  # a key at the edge between two numbers may fall to either side: RoPE differs by a last bit
+SEEN = 10 * TOLERANCE
+
+KINDS = [
+    ("rope", "int8", "tensor"),
+    ("rope", "int8", "channel"),
+    ("interleaved", "int4", "head"),
+    ("one kv head", "int4", "tensor"),
+    ("partial", "int8", "head"),
+    ("small partial", "int8", "channel"),
+    ("odd head, rope", "int8", "tensor"),
+    ("odd head", "int4", "channel"),
+    ("sinks, window, softcap, rope", "int8", "head"),
+    ("sinks, window, softcap, rope", "fp8", "channel"),
+    ("rope", "fp8", "tensor"),
+    ("alibi, odd head", "fp8", "head"),
+    ("head of 64", "int4", "head"),
+]
+
+
+def quantized(options: dict[str, Any], cache: str, per: str, louder: float = 1.0) -> Graph:
+    """A form with a cache of some scales; keys' are `louder` times as large."""
+    graph = form(options)
+    (layer,) = graph.kv_layers()
+    rng = np.random.default_rng(0)
+    absmax = rng.uniform(1.5, 2.5, (2, layer.kv_heads * layer.head_dim)).astype(np.float32)
+    k, v = (scale_of(most, CACHES[cache], per, layer.kv_heads) for most in absmax)
+    place_scales(graph, CACHES[cache], [Scales(k * np.float32(louder), v)])
+    return graph
+
+
+def execute(engine: Engine, spoil: Any = None) -> list[np.ndarray]:
+    backend = engine.backend(threads=1, max_num_seqs=8)
+    for layer in backend._pool.layers:
+        layer[:] = np.nan if layer.dtype == np.float32 else 0x7F
+    tables = steps.slot_tables(PLAN, [4, 1, 0, 6])
+    batches = [b for b, _ in steps.batches(PLAN, VOCAB, tables, steps.all_rows)]
+    found = [backend.execute(b if spoil is None else spoil(b)).copy() for b in batches]
+    backend.close()
+    return found
+
+
+@pytest.mark.parametrize(("name", "cache", "per"), KINDS)
+def test_every_cache_equals_the_reference(tmp_path: Path, name: str, cache: str, per: str) -> None:
+    graph = quantized((FORMS | LARGE)[name], cache, per)
+    expected = reference(graph)
+    assert worst(execute(build(graph, tmp_path / "e", max_tokens_per_step=32)), expected) < TOLERANCE
+    assert worst(reference(form((FORMS | LARGE)[name])), expected) > TOLERANCE, "rounding is seen"
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_wrong_scale_is_seen(tmp_path: Path, cache: str) -> None:
+    """One that is too small, so that keys are clipped; one that is a little too large only rounds elsewhere."""
+    engine = build(quantized(FORMS["rope"], cache, "tensor", 0.3), tmp_path / "e", max_tokens_per_step=32)
+    assert worst(execute(engine), reference(quantized(FORMS["rope"], cache, "tensor"))) > SEEN
+
+
+def test_a_wrong_slot_is_seen(tmp_path: Path) -> None:
+    graph = quantized(FORMS["rope"], "int4", "head")
+    engine = build(graph, tmp_path / "e", max_tokens_per_step=32)
+    assert worst(execute(engine, steps.traded_slots), reference(graph)) > SEEN
+
+
+@pytest.mark.parametrize(
+    ("cache", "dtype", "rounding", "size"),
+    [("int8", "int8", "", 64), ("int4", "int4", "", 32), ("fp8", "float32", "float8_e4m3fn", 256)],
+)
+def test_the_manifest_says_what_the_cache_is(tmp_path: Path, cache: str, dtype: str, rounding: str, size: int) -> None:
+    build(quantized(FORMS["rope"], cache, "head"), tmp_path / "e")
+    engine = Engine.load(tmp_path / "e")
+    kv = engine.manifest.kv
+    assert (kv.dtype, kv.rounding, kv.bytes_per_token, kv.layers) == (dtype, rounding, size, ((2, 16),))
+    held = sum(layer[:, :1].nbytes for layer in engine.backend(threads=1, max_num_seqs=3)._pool.layers)
+    assert held == size * kv.capacity
+
+
+def test_a_saved_graph_keeps_its_cache(tmp_path: Path) -> None:
+    graph = quantized(FORMS["rope"], "int4", "channel")
+    graph.save(tmp_path / "g")
+    again = Graph.load(tmp_path / "g")
+    assert again.kv_layers() == graph.kv_layers()
+    assert worst(reference(again), reference(graph)) == 0
+
+
+def test_alibi_over_an_integer_cache_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="m/PagedAttention: ALiBi over a KV cache in int8"):
+        build(quantized(FORMS["alibi"], "int8", "tensor"), tmp_path / "e")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scales_that_are_none_are_refused() -> None:
+    graph = form({})
+    for bad in (np.zeros(2), np.full(2, np.nan), np.ones(3)):
+        with pytest.raises(InputError, match=r"k_scale is .* expected positive numbers \[2\] or \[2, 16\]"):
+            place_scales(graph, CACHES["int8"], [Scales(bad.astype(np.float32), np.ones(2, np.float32))])
+    assert graph.kv_layers()[0].dtype == np.float32
+    with pytest.raises(InputError, match="quantized already"):
+        place_scales(quantized({}, "int8", "head"), CACHES["int8"], [])
