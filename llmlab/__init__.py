@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmlab.build import build as build
     from llmlab.errors import LlmlabError as LlmlabError
     from llmlab.evaluate.accuracy import evaluate as evaluate
+    from llmlab.evaluate.compare import compare as compare
     from llmlab.graph.convert import convert as convert
     from llmlab.graph.cut import cut as cut
     from llmlab.graph.edit import Editor as Editor
@@ -51,6 +52,7 @@ _HOME = {
     "Graph": "llmlab.graph.graph",
     "Engine": "llmlab.runtime.engine",
     "evaluate": "llmlab.evaluate",
+    "compare": "llmlab.evaluate.compare",
     "LLM": "llmlab.runtime.llm",
     "AsyncLLM": "llmlab.runtime.async_llm",
     "SamplingParams": "llmlab.runtime.params",
@@ -79,6 +81,7 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "AsyncLLM",
     "SamplingParams",
     "evaluate",
+    "compare",
     "diff",
     "GraphDiff",
     "register_pass",

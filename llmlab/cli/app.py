@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from llmlab.cli import options
+from llmlab.cli.compare import compare
 from llmlab.cli.inspect import inspect
 from llmlab.cli.one_line import OneLineErrors, leaving_at_once
 
@@ -267,6 +268,7 @@ def bench(
     numbers.show(rows, str(engine) if shape is None else f"{shape} on {target}", as_json=as_json)
 
 
+app.command()(compare)
 app.command()(inspect)
 
 
