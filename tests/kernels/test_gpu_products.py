@@ -18,6 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from llmlab.errors import InputError  # noqa: E402 (the interpreter is chosen when triton is imported)
 from llmlab.kernels.activations import ACTIVATIONS  # noqa: E402
 from llmlab.kernels.gpu.launch_product import ProductKind, Tile, Vector  # noqa: E402
 from llmlab.kernels.gpu.start_product import start_product  # noqa: E402
@@ -119,8 +120,6 @@ def case(kind: ProductKind, rows: int, seed: int = 0) -> Case:
     return Case(kind, *(None if t is None else t.to(DEVICE) for t in given), expected)
 
 
-# Under the interpreter each program takes a while: few of them, in the kernel that has many for few rows.
-SMALL = replace(HALF, depth=160, width=23)
 KINDS = {
     "float16": HALF,
     "bfloat16": replace(HALF, dtype="bfloat16", out_dtype="bfloat16", weight="bfloat16"),
@@ -136,17 +135,17 @@ KINDS = {
     "bfloat16 and int8, relu": replace(INT8, dtype="bfloat16", gate="relu", out_dtype="float32"),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-ONE_TILE = {16: Tile(16, 32, 64, 4, 2), 64: Tile(64, 64, 32, 4, 2, swap=True), 128: Tile(128, 64, 32, 4, 2)}
+nightly = () if DEVICE == "cuda" else pytest.mark.slow
 
 
 @every_kind
-@pytest.mark.parametrize("rows", [5, 16, 17, 63, 64, 65, 130])
+@pytest.mark.parametrize("rows", [17, 65, *(pytest.param(n, marks=nightly) for n in (5, 16, 63, 64, 130))])
 def test_a_product_with_tensor_cores(kind: ProductKind, rows: int) -> None:
     assert case(kind, rows).right()
 
 
 @every_kind
-@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 2, pytest.param(4, marks=nightly)])
 def test_a_product_of_few_rows(kind: ProductKind, rows: int) -> None:
     assert case(replace(kind, width=5), rows).right(Vector(rows, 2, 1))
 
@@ -155,3 +154,63 @@ def test_a_product_of_few_rows(kind: ProductKind, rows: int) -> None:
 @pytest.mark.parametrize("swap", [False, True])
 def test_either_operand_may_be_on_the_left(kind: ProductKind, swap: bool) -> None:
     assert case(kind, 37).right(Tile(32, 32, 32, 4, 2, swap))
+
+
+WHOLE = KINDS["int8, everything"]
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("what", ["scale", "bias", "add", "weight", "x"])
+def test_a_neighbour_in_place_of_what_was_given_is_seen(what: str, rows: int) -> None:
+    given = case(replace(WHOLE, width=24), rows)
+    assert given.right()
+    axis = 0 if what in ("scale", "bias") else 1  # of add the next column, of x and W what others multiply
+    assert not replace(given, **{what: getattr(given, what).roll(1, axis)}).right()
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("group", [0, 32])
+def test_the_halves_of_a_byte_are_told_apart_and_so_are_groups(rows: int, group: int) -> None:
+    given = case(replace(INT4, width=8, group=group), rows)
+    assert given.right()
+    swapped = (given.weight << 4) | ((given.weight >> 4) & 15)
+    assert not replace(given, weight=swapped).right()
+    if group:
+        assert not replace(given, scale=given.scale.roll(1, 1)).right()
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_missing_residual_or_gate_is_seen(rows: int) -> None:
+    given = case(replace(WHOLE, width=8), rows)
+    for without in ({"add": False}, {"bias": False}, {"gate": "silu"}):
+        assert not replace(given, kind=replace(given.kind, **without)).right()
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_what_is_not_a_number_stays_so(rows: int) -> None:
+    given = case(replace(HALF, width=8, gate="relu"), rows)
+    given.x[0, 3] = torch.nan
+    out = torch.zeros(rows, 8, dtype=torch.float16, device=DEVICE)
+    start_product(given.kind, out, given.x, given.weight)
+    assert torch.isnan(out[0]).all() and not torch.isnan(out[1:]).any()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"depth": 100},
+        {"weight": "int4", "depth": 144},
+        {"weight": "bfloat16"},
+        {"dtype": "float32"},
+        {"out_dtype": "int8"},
+        {"weight": "int8", "group": 48},
+        {"weight": "int8", "group": 128},
+        {"group": 32},
+        {"gate": "sigmoid"},
+        {"width": 0},
+    ],
+)
+def test_what_there_are_no_kernels_for_is_refused_in_one_line(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"no kernels for the product ProductKind.*expected") as caught:
+        replace(HALF, **wrong)
+    assert "\n" not in str(caught.value)

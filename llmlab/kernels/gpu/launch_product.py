@@ -133,22 +133,30 @@ ROW_CLASSES = (1, 2, 4, 16, 32, 64, 128, 1 << 30)
 
 
 def tile(kind: ProductKind, rows: int) -> Vector | Tile:
-    """How this product is cut for a step of `rows` rows."""
+    """How this product is cut for a step of `rows` rows: what was fastest on an H200 (`benchmarks/gpu_products.py --tune`)."""
     most = row_class(rows)
     if most <= 4:
         return _vector(kind, most)
     if kind.bits < 16:
         return _quantized_tile(kind, most)
+    narrow = kind.width <= 8192 and not kind.gate  # few tiles: they are made thin, so that every multiprocessor has one
+    if most <= 32:
+        return (
+            Tile(most, 32, 256, 4, 4, swap=True) if narrow else Tile(most, 128, 64, 8, 4 if kind.gate else 6, swap=True)
+        )
+    if most <= 64:
+        return Tile(most, 32, 128, 4, 6) if narrow else Tile(most, 64, 64, 4, 4 if kind.gate else 6, swap=True)
     if most <= 128:
-        columns = 16 if kind.width <= 8192 and not kind.gate else 32
-        depth, stages = (256, 4) if most <= 32 and columns == 16 else (128, 4)
-        return Tile(max(16, most), columns, depth, 4, stages if most <= 64 else 3)
-    return Tile(128, 128 if kind.gate else 256, 64, 8, 3)
+        return Tile(most, 32, 128, 4, 4) if narrow else Tile(most, 64, 64, 4, 4, swap=True)
+    return Tile(128, 128, 64, 8, 4, swap=True) if kind.gate else Tile(256, 128, 64, 8, 3, swap=True)
 
 
 def _vector(kind: ProductKind, rows: int) -> Vector:
-    columns = 1 if kind.gate or kind.width <= 8192 else 2
-    return Vector(rows, columns, 2 if kind.depth % 2048 else 8 if kind.bits == 16 else 4)
+    if kind.bits == 16:
+        return Vector(rows, 1, 2 if kind.depth % 2048 else 8, 1 if kind.gate or rows > 1 else 2)
+    if kind.bits == 8:
+        return Vector(rows, 1 if kind.gate else 2, 1, 2)
+    return Vector(rows, 2 if kind.gate else 4, 4 if kind.depth > 8192 else 2)
 
 
 def _quantized_tile(kind: ProductKind, most: int) -> Tile:
