@@ -18,8 +18,14 @@ from llmlab.graph.lower.tensorrt import lower
 from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered
 from llmlab.graph.store.storage import write_onnx
 from llmlab.kernels.binaries import KernelSet
-from llmlab.kernels.compile import attention_sources, compile_kernels, feed_source, sampling_sources
-from llmlab.kernels.gpu.geometry import AttentionVariant
+from llmlab.kernels.compile import (
+    attention_sources,
+    check_architectures,
+    compile_kernels,
+    feed_source,
+    sampling_sources,
+)
+from llmlab.kernels.gpu.geometry import QUANTIZED_POOLS, AttentionVariant
 from llmlab.progress import make_bar
 from llmlab.runtime import program as run
 from llmlab.runtime.backends.tensorrt.attention import variant_of
@@ -74,12 +80,13 @@ def prepare(graph: Graph, target: str, config: BuildConfig, max_seq_len: int) ->
         raise InputError(f"the graph is in {dtype} and precision is {config.precision!r}: pass precision={dtype!r}")
     block_size = config.block_size if hosting == "plugin" else None
     lowered = lower(graph, hosting=hosting, dialect=library.opset, weak_type=weak, block_size=block_size)
-    kv = KVLayout("paged", config.precision, config.block_size, _kv_layers(graph))
+    kv = _kv_layout(graph, config)
     program = to_program(lowered)
     gpu = visible_gpu()
     here = () if gpu is None else (gpu.compute_capability,)
     capabilities = library.check_capabilities(config.compute_capabilities) or here
     variants = tuple(dict.fromkeys(_variants(lowered, program, kv)))
+    check_architectures(kv.dtype, [10 * major + minor for major, minor in capabilities])
     _check_tables(lowered, max_seq_len)
     return Build(library, hosting, config, lowered, program, kv, variants, capabilities)
 
@@ -121,7 +128,7 @@ def kernels_for(graph: Graph, config: BuildConfig) -> KernelSet:
         graph = convert(graph, config.precision)
     lowered = lower(graph)
     program = to_program(lowered)
-    kv = KVLayout("paged", config.precision, config.block_size, _kv_layers(graph))
+    kv = _kv_layout(graph, config)
     variants = tuple(dict.fromkeys(_variants(lowered, program, kv)))
     return compile_for(variants, program.tensors["logits"].width, config.compute_capabilities)
 
@@ -210,7 +217,8 @@ def _variants(lowered: Lowered, program: run.Program, kv: KVLayout) -> Iterable[
         for node in part.graph.surgeon.nodes if isinstance(part, Dense) else ():
             if node.op == "PagedAttention":
                 found = AttentionNode.from_attributes(node.attrs)
-                yield AttentionVariant(found.kind, kv.dtype, kv.dtype, found.rotary, bool(found.interleaved))
+                dtype = np.dtype(node.outputs[0].dtype).name
+                yield AttentionVariant(found.kind, dtype, kv.dtype, found.rotary, bool(found.interleaved))
 
 
 def _check_tables(lowered: Lowered, max_seq_len: int) -> None:
@@ -222,10 +230,12 @@ def _check_tables(lowered: Lowered, max_seq_len: int) -> None:
 
 
 def _dtype(graph: Graph) -> str:
-    return next(np.dtype(t.dtype).name for t in graph.surgeon.inputs if t.name.startswith("kv_cache."))
+    return graph.activations
 
 
-def _kv_layers(graph: Graph) -> tuple[tuple[int, int], ...]:
-    """KV heads and channels of a head, in the order of the layers."""
-    pools = {int(t.name.rpartition(".")[2]): t.shape for t in graph.surgeon.inputs if t.name.startswith("kv_cache.")}
-    return tuple((int(pools[i][2]), int(pools[i][4])) for i in range(len(pools)))
+def _kv_layout(graph: Graph, config: BuildConfig) -> KVLayout:
+    """The pools that the graph's layers want, in their order; the type is the precision's where the cache isn't quantized."""
+    pools = {int(t.name.rpartition(".")[2]): t for t in graph.surgeon.inputs if t.name.startswith("kv_cache.")}
+    layers = tuple((int(pools[i].shape[2]), int(pools[i].shape[4])) for i in range(len(pools)))
+    dtype = np.dtype(pools[0].dtype).name
+    return KVLayout("paged", dtype if dtype in QUANTIZED_POOLS else config.precision, config.block_size, layers)

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx.reference import ReferenceEvaluator
 
-from llmlab.graph.interpret import KERNELS
+from llmlab.graph.interpret import KERNELS, unwritten
 from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered, View
 from llmlab.kernels.reference import paged_attention
 
@@ -20,16 +20,23 @@ Arrays = Mapping[str, np.ndarray]
 class Execution:
     """The parts of a program, and the KV pools that they share (full of NaN at first).
 
-    evaluator: `onnxruntime`, or `reference` for types that its CPU lacks.
+    evaluator: `onnxruntime`, or `reference` for types that its CPU lacks. pools: their type, where they are quantized.
     """
 
-    def __init__(self, lowered: Lowered, num_blocks: int, block_size: int, evaluator: str = "onnxruntime") -> None:
+    def __init__(
+        self,
+        lowered: Lowered,
+        num_blocks: int,
+        block_size: int,
+        evaluator: str = "onnxruntime",
+        pools: np.dtype | None = None,
+    ) -> None:
         self.lowered = lowered
         make = _in_ort if evaluator == "onnxruntime" else _evaluated
         self._run = {part.name: make(part) for part in lowered.parts if isinstance(part, Dense)}
         self.pools = {
-            part.layer: np.full(
-                (2, num_blocks, part.kv_heads, block_size, part.head_dim), np.nan, _dtype(lowered, part.out)
+            part.layer: unwritten(
+                (2, num_blocks, part.kv_heads, block_size, part.head_dim), pools or _dtype(lowered, part.out)
             )
             for part in lowered.parts
             if isinstance(part, Attend)

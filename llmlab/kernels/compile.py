@@ -78,11 +78,16 @@ def compile_attention(
     """
     architectures, variants = list(architectures), list(variants)
     for variant in variants:
-        if variant.kv_dtype == "float8_e4m3fn" and (old := [a for a in architectures if a < 89]):
-            raise InputError(
-                f"a float8_e4m3fn KV pool needs sm_89 or later, not sm_{old[0]}: choose int8, or leave that out"
-            )
+        check_architectures(variant.kv_dtype, architectures)
     return compile_kernels((s for v in variants for s in attention_sources(v)), architectures, progress)
+
+
+def check_architectures(kv_dtype: str, architectures: Iterable[int]) -> None:
+    """Raises InputError for GPUs that can't convert a KV pool of this type."""
+    if kv_dtype == "float8_e4m3fn" and (old := [a for a in architectures if a < 89]):
+        raise InputError(
+            f"a float8_e4m3fn KV pool needs sm_89 or later, not sm_{old[0]}: choose int8, or leave that out"
+        )
 
 
 def attention_sources(variant: AttentionVariant) -> list[KernelSource]:

@@ -62,7 +62,7 @@ class Attend:
     softcap: float = 0.0
     interleaved: bool = False
     tables: Mapping[str, str] = field(default_factory=dict)
-    """Which of `cos`, `sin`, `alibi_slopes`, `sinks` it has, and the name of each in the engine's tables file (float32)."""
+    """Which of `cos`, `sin`, `alibi_slopes`, `sinks`, `k_scale`, `v_scale` it has, and the name of each in the engine's tables file (float32)."""
     name: str = ""
 
 

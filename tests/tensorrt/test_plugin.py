@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from attention_forms import quantized
 from onnx import TensorProto, helper
+from plugin_engines import check_plugins, compile_graph
 
+import llmlab as ll
 from llmlab.errors import EngineError
+from llmlab.graph.lower.tensorrt import lower
 from llmlab.tensorrt.attention_node import AttentionNode
 from llmlab.tensorrt.builder import build_plan
 from llmlab.tensorrt.config import BuildConfig
@@ -204,3 +208,15 @@ def test_a_node_without_an_attribute_is_refused(build: Build, capfd: pytest.Capt
     model.graph.node[0].attribute.extend(kept)
     with pytest.raises(EngineError, match="PagedAttention lacks block_size"):
         build(model)
+
+
+@pytest.mark.parametrize("cache", ["int8", "fp8"])
+def test_a_graph_with_a_quantized_cache_builds(tmp_path: Path, cache: str) -> None:
+    """The pool goes in and comes back in its own type, in place, with no layer around the plugin that converts it."""
+    graph = ll.convert(quantized({"rotary": 16, "dim": 32}, cache, "head"), "float16")
+    (part,) = lower(graph, hosting="plugin", block_size=64).parts
+    listing = compile_graph(part.graph, (8, 9), tmp_path)  # type: ignore[union-attr]
+    check_plugins(listing, 1)
+    assert {b.dtype for b in listing.bindings if b.name.startswith("kv_cache.0")} == {
+        "Int8" if cache == "int8" else "FP8"
+    }

@@ -18,9 +18,13 @@ from llmlab.graph.lower.tensorrt_plugin import plugin_nodes
 from llmlab.graph.lower.weights import defer_weights
 from llmlab.graph.operators.functions import inline_functions
 from llmlab.graph.passes.convert_precision import computes_wide
+from llmlab.kernels.gpu.geometry import QUANTIZED_POOLS
+from llmlab.kernels.kv_cache import RANGES
 
 HOSTINGS = ("piecewise", "plugin", "native")
 OLDEST_OPSET = 17
+SCALES = (12, 13)
+"""Inputs of PagedAttention: scales of keys and of values."""
 
 
 def lower(
@@ -71,17 +75,39 @@ def _check(graph: Graph, hosting: str, dialect: int, weak_type: str | None, bloc
         raise InputError(f"hosting is {hosting!r}; available: {', '.join(HOSTINGS)}")
     if isinstance(dialect, bool) or not isinstance(dialect, int) or not OLDEST_OPSET <= dialect <= OPSET:
         raise InputError(f"dialect is {dialect!r}, expected an ONNX opset from {OLDEST_OPSET} to {OPSET}")
-    types = {np.dtype(t.dtype).name for t in graph.surgeon.inputs if t.name.startswith("kv_cache.")}
+    dtype = graph.activations
+    check_caches(graph, hosting)
     if weak_type not in (None, "float16"):
         raise InputError(f"weak_type is {weak_type!r}, expected 'float16' or None")
-    if weak_type is not None and types != {"float32"}:
-        raise InputError(
-            f"weak typing starts from float32, the graph is in {', '.join(types)}: lower the unconverted one"
-        )
+    if weak_type is not None and dtype != "float32":
+        raise InputError(f"weak typing starts from float32, the graph is in {dtype}: lower the unconverted one")
     if hosting == "piecewise":
         return 0
-    if weak_type is not None or types == {"float32"}:
+    if weak_type is not None or dtype == "float32":
         raise InputError(f"{hosting} hosting is strongly typed: convert the graph to float16 or bfloat16 first")
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise InputError(f"block_size is {block_size!r}, expected a number of tokens")
     return block_size
+
+
+def check_caches(graph: Graph, hosting: str) -> None:
+    """Raises InputError for KV caches that no kernel of ours reads, or that differ between layers."""
+    given = {layer.dtype.name for layer in graph.kv_layers()}
+    if len(given) > 1:
+        raise InputError(f"the layers' KV caches are {', '.join(sorted(given))}: expected one type for all of them")
+    (dtype,) = given
+    if dtype not in RANGES:
+        return
+    if hosting == "native":
+        raise InputError(f"native hosting has no KV cache in {dtype}: build with 'plugin' or 'piecewise'")
+    if dtype not in QUANTIZED_POOLS:
+        raise InputError(
+            f"a KV cache in {dtype} is for onnxruntime, for TensorRT there are {' and '.join(QUANTIZED_POOLS)}: build for "
+            "target='onnxruntime', or quantize with kv_int8 or kv_fp8"
+        )
+    for node in (n for n in graph.surgeon.nodes if n.op == "PagedAttention"):
+        if any(len(node.inputs[i].shape) > 1 for i in SCALES):
+            raise InputError(
+                f"{node.name}: its KV cache has a scale for each channel, which is for onnxruntime: quantize with a scale per head "
+                "or per tensor"
+            )

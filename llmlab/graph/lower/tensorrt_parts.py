@@ -72,7 +72,7 @@ class Attend:
     softcap: float
     interleaved: bool
     tables: Mapping[str, str]
-    """Which of `cos`, `sin`, `alibi_slopes`, `sinks` it has, by name in `Lowered.tables`."""
+    """Which of `cos`, `sin`, `alibi_slopes`, `sinks`, `k_scale`, `v_scale` it has, by name in `Lowered.tables`."""
 
 
 @dataclass(frozen=True)

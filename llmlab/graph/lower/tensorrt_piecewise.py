@@ -16,7 +16,7 @@ from llmlab.graph.lower.views import columns
 from llmlab.graph.pieces import Piece
 from llmlab.graph.store.storage import array
 
-TABLES = {8: "cos", 9: "sin", 10: "alibi_slopes", 11: "sinks"}
+TABLES = {8: "cos", 9: "sin", 10: "alibi_slopes", 11: "sinks", 12: "k_scale", 13: "v_scale"}
 """The inputs of PagedAttention that are the same in every step."""
 
 

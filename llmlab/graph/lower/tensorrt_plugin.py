@@ -15,7 +15,8 @@ def plugin_nodes(edit: Editor, block_size: int) -> Lowered:
 
     TensorRT's parser passes a plugin no omitted input, so attributes say which are there: inputs are `qkv` where
     `packed`, else `q`, `k`, `v`; the pool; `query_start`, `kv_len`, `block_table`, `position_ids`, `slots`; `cos` and `sin`
-    where `rotary` (the channels that turn) is not 0; `alibi_slopes` where `alibi`; `sinks` where `sinks`.
+    where `rotary` (the channels that turn) is not 0; `alibi_slopes` where `alibi`; `sinks` where `sinks`; `k_scale` and `v_scale` where
+    `quantized`.
     `slots` i64 [T] says which place of the pool each new token takes, and is an input of the graph.
     """
     surgeon = edit.surgeon
@@ -24,7 +25,7 @@ def plugin_nodes(edit: Editor, block_size: int) -> Lowered:
     for node in surgeon.nodes:
         if node.op != "PagedAttention":
             continue
-        cos, sin, alibi, sinks = (operand(node, i) for i in range(8, 12))
+        cos, sin, alibi, sinks, k_scale, v_scale = (operand(node, i) for i in range(8, 14))
         qkv = _packed(node)
         heads = [qkv] if qkv is not None else node.inputs[:3]
         pool = node.inputs[3]
@@ -36,9 +37,9 @@ def plugin_nodes(edit: Editor, block_size: int) -> Lowered:
             "packed": int(qkv is not None),
             "alibi": int(alibi is not None),
             "sinks": int(sinks is not None),
-            "quantized": 0,
+            "quantized": int(k_scale is not None),
         }
-        tables = [t for t in (cos, sin, alibi, sinks) if t is not None]
+        tables = [t for t in (cos, sin, alibi, sinks, k_scale, v_scale) if t is not None]
         node.inputs = [*heads, pool, *node.inputs[4:8], slots, *tables]
     metadata = ("input_ids", "position_ids", "query_start", "kv_len", "block_table")
     pools = [t for t in surgeon.inputs if t.name.startswith("kv_cache.")]

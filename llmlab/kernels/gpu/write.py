@@ -34,8 +34,8 @@ def locate_tokens(
 def _quantize(x, scale, dtype: tl.constexpr):
     scaled = x / scale
     if dtype == tl.int8:
-        rounded = tl.floor(scaled + 0.5)
-        return tl.minimum(tl.maximum(rounded, -127.0), 127.0).to(tl.int8)
+        held = tl.minimum(tl.maximum(scaled, -128.0), 127.0)
+        return ((held + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 · 2²³: to the nearest, ties to even
     return tl.minimum(tl.maximum(scaled, -448.0), 448.0).to(dtype)
 
 

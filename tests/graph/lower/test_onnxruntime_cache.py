@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import steps
-from attention_forms import FORMS, LARGE, PLAN, VOCAB, form, reference, worst
+from attention_forms import FORMS, LARGE, PLAN, VOCAB, form, quantized, reference, worst
 
 from llmlab.build import build
 from llmlab.errors import InputError, UnsupportedModelError
 from llmlab.graph.graph import Graph
-from llmlab.quant.kv_scales import CACHES, Scales, place_scales, scale_of
+from llmlab.quant.kv_scales import CACHES, Scales, place_scales
 from llmlab.runtime.engine import Engine
 
 TOLERANCE = 5e-3  # a key at the edge between two numbers may fall to either side: RoPE differs by a last bit
@@ -34,17 +34,6 @@ KINDS = [
     ("alibi, odd head", "fp8", "head"),
     ("head of 64", "int4", "head"),
 ]
-
-
-def quantized(options: dict[str, Any], cache: str, per: str, louder: float = 1.0) -> Graph:
-    """A form with a cache of some scales; keys' are `louder` times as large."""
-    graph = form(options)
-    (layer,) = graph.kv_layers()
-    rng = np.random.default_rng(0)
-    absmax = rng.uniform(1.5, 2.5, (2, layer.kv_heads * layer.head_dim)).astype(np.float32)
-    k, v = (scale_of(most, CACHES[cache], per, layer.kv_heads) for most in absmax)
-    place_scales(graph, CACHES[cache], [Scales(k * np.float32(louder), v)])
-    return graph
 
 
 def execute(engine: Engine, spoil: Any = None) -> list[np.ndarray]:

@@ -31,6 +31,7 @@ def variant_of(step: Attend, program: Program, kv: KVLayout, tables: Tables) -> 
         softcap=step.softcap,
         alibi="alibi_slopes" in step.tables,
         sinks="sinks" in step.tables,
+        quantized="k_scale" in step.tables,
     )
     rotary = 2 * tables[step.tables["cos"]].shape[1] if "cos" in step.tables else 0
     return AttentionVariant(kind, program.tensors[step.out].dtype, kv.dtype, rotary, step.interleaved)

@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmlab.files import plain_name
+from llmlab.kernels.gpu.geometry import QUANTIZED_POOLS
 from llmlab.runtime.backends.tensorrt.bindings import POOL, UPDATED
 from llmlab.runtime.backends.tensorrt.memory import ITEM_BYTES, lifetimes
 from llmlab.runtime.manifest import Manifest
 from llmlab.runtime.program import Attend, Program, RunPlan, TensorSpec, View
 
 _STEP = ("input_ids", "position_ids", "query_start", "kv_len", "block_table", "logits_index", "slots")
+_SCALES = {"k_scale", "v_scale"}
 _MOST = 1 << 24  # columns
 
 
@@ -46,6 +48,8 @@ def check_tables(program: Program, tables: Mapping[str, NDArray[np.float32]], ma
         for what, shape in shapes.items():
             if what in ("cos", "sin"):
                 fits = len(shape) == 2 and shape[0] >= max_seq_len and 1 <= 2 * shape[1] <= step.head_dim
+            elif what in _SCALES:
+                fits = shape == (step.kv_heads,) and bool((tables[step.tables[what]] > 0).all())
             else:
                 fits = shape == (step.num_heads,)
             if not fits:
@@ -72,9 +76,9 @@ def _check_attend(step: Attend, program: Program, manifest: Manifest) -> None:
     numbers = (step.scale, step.window, step.softcap)
     if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers) or type(step.window) is not int:
         raise ValueError(f"{step.name} has scale, window and softcap {numbers}")
-    if not set(step.tables) <= {"cos", "sin", "alibi_slopes", "sinks"} or ("cos" in step.tables) != (
-        "sin" in step.tables
-    ):
+    given = set(step.tables)
+    whole = (given & _SCALES == _SCALES) == (manifest.kv.dtype in QUANTIZED_POOLS) and len(given & _SCALES) != 1
+    if not given <= {"cos", "sin", "alibi_slopes", "sinks", *_SCALES} or not whole or len(given & {"cos", "sin"}) == 1:
         raise ValueError(f"{step.name} has tables {', '.join(sorted(step.tables))}")
     out = program.tensors.get(step.out)
     if out is None or out.width != step.num_heads * step.head_dim or out.rows != "T":

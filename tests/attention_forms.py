@@ -12,6 +12,7 @@ from steps import Plan, worst_error
 from llmlab.config import ModelConfig
 from llmlab.graph.graph import LLMLAB_DOMAIN, OPSET, Graph
 from llmlab.graph.interpret import Interpreter
+from llmlab.quant.kv_scales import CACHES, Scales, place_scales, scale_of
 
 VOCAB = 40
 # Every step has a decode, a chunk, a prompt's start or one token alone; slots between the sequences stay idle.
@@ -120,3 +121,14 @@ def form(options: dict[str, Any]) -> Graph:
     return serving(4, options.get("kv_heads", 2), options.get("dim", 16), **{
         name: value for name, value in options.items() if name not in ("kv_heads", "dim")
     })  # fmt: skip
+
+
+def quantized(options: dict[str, Any], cache: str, per: str, louder: float = 1.0) -> Graph:
+    """A form with a cache of some scales; keys' are `louder` times as large."""
+    graph = form(options)
+    (layer,) = graph.kv_layers()
+    rng = np.random.default_rng(0)
+    absmax = rng.uniform(1.5, 2.5, (2, layer.kv_heads * layer.head_dim)).astype(np.float32)
+    k, v = (scale_of(most, CACHES[cache], per, layer.kv_heads) for most in absmax)
+    place_scales(graph, CACHES[cache], [Scales(k * np.float32(louder), v)])
+    return graph
