@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_attention import copy_bandwidth, median_ms, random_step, replay_ms, show, write
+from gpu_attention import copy_bandwidth, median_ms, random_step, replay_ms, write
+from tables import show
 
 from llmlab.cuda import Device, Graph, Stream
 from llmlab.kernels.attention import AttentionPointers, PagedAttention, TokenLocator

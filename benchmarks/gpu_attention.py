@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 from machine import describe
+from tables import show
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -127,15 +128,6 @@ def prefill_row(shape: tuple[int, int, int], batch: int, tokens: int) -> dict[st
         "against_flash": round(theirs / ours, 2),
         "difference": round(float((out.float() - expected).norm() / expected.norm()), 5),
     }
-
-
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    print(f"\n{title}")
-    columns = list(rows[0])
-    widths = [max(len(c), *(len(str(r[c])) for r in rows)) for c in columns]
-    print("  ".join(c.rjust(w) for c, w in zip(columns, widths, strict=True)))
-    for row in rows:
-        print("  ".join(str(row[c]).rjust(w) for c, w in zip(columns, widths, strict=True)))
 
 
 def write(path: Path, command: str, copy: float, **tables: list[dict[str, Any]]) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_attention import HALF, copy_bandwidth, random_step, replay_ms, show, write
+from gpu_attention import HALF, copy_bandwidth, random_step, replay_ms, write
+from tables import show
 
 from llmlab.kernels.gpu import geometry, launch
 from llmlab.kernels.gpu.geometry import AttentionKind, Launch

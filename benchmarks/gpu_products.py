@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_attention import show
 from product_tuning import Compilers, cuts
+from tables import show
 
 from llmlab.cuda import Device
 from llmlab.kernels.binaries import KernelSet

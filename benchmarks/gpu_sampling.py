@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_attention import copy_bandwidth, replay_ms, show, write
+from gpu_attention import copy_bandwidth, replay_ms, write
+from tables import show
 
 from llmlab.kernels.gpu import launch_sampling
 from llmlab.kernels.gpu.geometry import SamplingGrid

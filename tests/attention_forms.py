@@ -76,10 +76,10 @@ def serving(
     return Graph(gs.Graph(nodes, list(named.values()), [logits, updated], opset=OPSET), CONFIG)
 
 
-def reference(graph: Graph) -> list[np.ndarray]:
-    interpreter = Interpreter(graph, num_blocks=24, block_size=4)
-    tables = steps.paged_tables(PLAN, 4, 24)
-    return [interpreter.step(steps.feeds(b)) for b, _ in steps.batches(PLAN, VOCAB, tables, steps.all_rows)]
+def reference(graph: Graph, plan: Plan = PLAN) -> list[np.ndarray]:
+    interpreter = Interpreter(graph, num_blocks=60, block_size=4)
+    tables = steps.paged_tables(plan, 4, 60)
+    return [interpreter.step(steps.feeds(b)) for b, _ in steps.batches(plan, VOCAB, tables, steps.all_rows)]
 
 
 def worst(found: list[np.ndarray], expected: list[np.ndarray]) -> float:

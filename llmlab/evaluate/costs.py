@@ -118,6 +118,10 @@ def check_price(price_per_hour: float | None) -> None:
 
 def unfit(manifest: Manifest) -> str:
     """Why the speed of this engine says nothing about its precision, if so."""
+    if manifest.kv.rounding:
+        return (
+            f"{manifest.target} keeps keys and values that are rounded to {manifest.kv.rounding} in {manifest.kv.dtype}"
+        )
     return ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,14 @@ import numpy as np
 import pytest
 import steps
 from attention_forms import FORMS, LARGE, PLAN, VOCAB, form, quantized, reference, worst
+from steps import PREEMPTED, PREEMPTED_SLOTS, RAGGED, Plan
 
 from llmlab.build import build
 from llmlab.errors import InputError, UnsupportedModelError
+from llmlab.evaluate.costs import unfit
 from llmlab.graph.graph import Graph
 from llmlab.quant.kv_scales import CACHES, Scales, place_scales
+from llmlab.runtime.batch import BlockCopy
 from llmlab.runtime.engine import Engine
 
 TOLERANCE = 5e-3  # a key at the edge between two numbers may fall to either side: RoPE differs by a last bit
@@ -36,12 +41,14 @@ KINDS = [
 ]
 
 
-def execute(engine: Engine, spoil: Any = None) -> list[np.ndarray]:
+def execute(
+    engine: Engine, spoil: Any = None, plan: Plan = PLAN, slots: Sequence[int] = (4, 1, 0, 6)
+) -> list[np.ndarray]:
     backend = engine.backend(threads=1, max_num_seqs=8)
     for layer in backend._pool.layers:
         layer[:] = np.nan if layer.dtype == np.float32 else 0x7F
-    tables = steps.slot_tables(PLAN, [4, 1, 0, 6])
-    batches = [b for b, _ in steps.batches(PLAN, VOCAB, tables, steps.all_rows)]
+    tables = steps.slot_tables(plan, slots)
+    batches = [b for b, _ in steps.batches(plan, VOCAB, tables, steps.all_rows)]
     found = [backend.execute(b if spoil is None else spoil(b)).copy() for b in batches]
     backend.close()
     return found
@@ -53,6 +60,33 @@ def test_every_cache_equals_the_reference(tmp_path: Path, name: str, cache: str,
     expected = reference(graph)
     assert worst(execute(build(graph, tmp_path / "e", max_tokens_per_step=32)), expected) < TOLERANCE
     assert worst(reference(form((FORMS | LARGE)[name])), expected) > TOLERANCE, "rounding is seen"
+
+
+@pytest.mark.parametrize("cache", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("plan", "slots"), [(RAGGED, [3, 0, 5, 2, 6]), (PREEMPTED, PREEMPTED_SLOTS)], ids=["a full cache", "a lost slot"]
+)
+def test_a_full_cache_and_a_lost_slot(tmp_path: Path, cache: str, plan: Plan, slots: list[int]) -> None:
+    graph = quantized(FORMS["rope"], cache, "head")
+    engine = build(graph, tmp_path / "e", max_tokens_per_step=64)
+    assert worst(execute(engine, plan=plan, slots=slots), reference(graph, plan)) < TOLERANCE
+
+
+@pytest.mark.parametrize("cache", ["int8", "int4"])
+def test_a_prefix_is_copied_and_what_is_let_go_reads_as_zeros(tmp_path: Path, cache: str) -> None:
+    engine = build(quantized(FORMS["rope"], cache, "head"), tmp_path / "e", max_tokens_per_step=32)
+    backend = engine.backend(threads=1, max_num_seqs=6)
+    first, second = (b for b, _ in steps.batches(Plan(((10, 2),)), VOCAB, np.array([[3]], np.int32), steps.all_rows))
+    backend.execute(first)
+    alone = backend.execute(second).copy()
+    other = replace(second, block_table=np.array([[5]], np.int32))
+    np.testing.assert_array_equal(backend.execute(replace(other, copies=(BlockCopy(3, 5, 10),))), alone)
+    short = backend.execute(replace(other, block_table=np.array([[4]], np.int32), copies=(BlockCopy(3, 4, 9),)))
+    assert np.abs(short - alone).max() > 0.01, "a copy that is one token short is seen"
+    backend.release([3])
+    (layer,) = backend._pool.layers
+    assert not layer[:, 3].any() and layer[:, 5, :, :12].any()
+    backend.close()
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -77,6 +111,7 @@ def test_the_manifest_says_what_the_cache_is(tmp_path: Path, cache: str, dtype: 
     engine = Engine.load(tmp_path / "e")
     kv = engine.manifest.kv
     assert (kv.dtype, kv.rounding, kv.bytes_per_token, kv.layers) == (dtype, rounding, size, ((2, 16),))
+    assert bool(unfit(engine.manifest)) == bool(rounding), "its speed says nothing of fp8"
     held = sum(layer[:, :1].nbytes for layer in engine.backend(threads=1, max_num_seqs=3)._pool.layers)
     assert held == size * kv.capacity
 
