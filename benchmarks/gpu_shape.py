@@ -1,12 +1,14 @@
-"""A model of known sizes with random weights on an NVIDIA GPU: build time, speed, where a step's time goes.
+"""A model of known sizes with random weights on an NVIDIA GPU: build time, speed, energy, where a step's time goes.
 
     python benchmarks/gpu_shape.py prepare FOLDER --shape llama-2-7b [--layers 4] [--capability 9.0]   # anywhere: torch, triton
     python benchmarks/gpu_shape.py run FOLDER [--json FILE]                                            # on the GPU: TensorRT
+    python benchmarks/gpu_transformers.py FOLDER [--json FILE]                                         # beside it: torch
 
 `prepare` exports and optimizes a checkpoint whose weights are holes in a file, and compiles the kernels; FOLDER is then a few
 MB. `run` fills the checkpoint with random weights, builds an fp16 engine and measures: `--batch` sequences of 128 tokens in
-and 128 out, then a decode step of each batch size, part by part, beside the time that reading the weights once would take.
-`--layers` measures a model of fewer layers, whose steps say what one layer costs.
+and 128 out, 256 requests of mixed lengths in flight against static batches, then a decode step of each batch size, part by
+part, beside the time that reading the weights once would take. `--layers` measures a model of fewer layers, whose steps say
+what one layer costs.
 """
 
 from __future__ import annotations
@@ -16,75 +18,140 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_traffic import fixed, inflight_against_static
 from machine import describe
 
 import llmlab as ll
+from llmlab.checkpoint import read_safetensors
+from llmlab.cuda import Device
+from llmlab.cuda.energy import EnergyMeter
 from llmlab.kernels.binaries import KernelSet
-from llmlab.speed import measure
 from llmlab.zoo.shapes import sizes_of, tensors, write_checkpoint
 
 BANDWIDTH = 4.3e12
 """Bytes a second that an H200 copies at (benchmarks/gpu_attention.py measures it)."""
 STEP = 2048
-"""Most tokens in a step: TensorRT times every product at this size, several times over, so more costs minutes of building."""
+"""Most tokens in a step: TensorRT times every product of its own at this size, several times over, so more costs minutes."""
+STD = 0.02
 
 
-def config(buckets: tuple[int, ...], level: int, seq: int, capability: tuple[int, int] | None = None) -> ll.BuildConfig:
+def config(given: argparse.Namespace, seq: int, capability: tuple[int, int] | None = None) -> ll.BuildConfig:
     return ll.BuildConfig(
         max_batch=64,
         max_tokens_per_step=STEP,
         max_seq_len=seq,
-        decode_buckets=buckets,
+        decode_buckets=tuple(given.buckets),
         block_size=64,
-        optimization_level=level,
+        products=given.products,
+        optimization_level=given.level,
         compute_capabilities=() if capability is None else (capability,),
     )
 
 
-def prepare(folder: Path, work: Path, shape: str, layers: int | None, capability: tuple[int, int], seq: int) -> None:
+def prepare(folder: Path, work: Path, given: argparse.Namespace) -> None:
     from llmlab.build_tensorrt import kernels_for
 
-    sizes = sizes_of(shape) | ({} if layers is None else {"num_hidden_layers": layers})
+    major, minor = map(int, given.capability.split("."))
+    sizes = sizes_of(given.shape) | ({} if given.layers is None else {"num_hidden_layers": given.layers})
     folder.mkdir(parents=True, exist_ok=True)
     graph = ll.optimize(ll.export(write_checkpoint(work / "checkpoint", sizes, "float16")))
     graph.save(folder / "graph", overwrite=True, copy_weights=False)
     (folder / "kernels").mkdir(exist_ok=True)
-    kernels_for(graph, config((1,), 1, seq, capability)).write(folder / "kernels")
+    kernels_for(graph, config(given, given.max_seq_len, (major, minor))).write(folder / "kernels")
     files = {p.name: p.stat().st_mtime_ns for p in (work / "checkpoint").iterdir()}
-    facts = {"shape": shape, "sizes": sizes, "checkpoint": str(work / "checkpoint"), "files": files, "seq": seq}
+    facts = {
+        "shape": given.shape,
+        "sizes": sizes,
+        "checkpoint": str(work / "checkpoint"),
+        "files": files,
+        "seq": given.max_seq_len,
+    }
     (folder / "shape.json").write_text(json.dumps(facts))
 
 
 def fill(facts: dict[str, Any]) -> Path:
-    """The checkpoint that the graph refers to, now with random weights; its files have the sizes and times that they had."""
+    """The checkpoint that the graph refers to, now with random weights; its files have the sizes and times that they had.
+
+    Matrices are cut out of one block of random numbers: drawing billions takes minutes, and nothing here reads them.
+    """
     checkpoint = Path(facts["checkpoint"])
     if not checkpoint.exists():
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(checkpoint, facts["sizes"], "float16", seed=0)
+        write_checkpoint(checkpoint, facts["sizes"], "float16")
+        random = np.random.default_rng(0)
+        block = (random.standard_normal((1 << 24) + 12345, np.float32) * np.float32(STD)).astype(np.float16)
+        for name in facts["files"]:
+            stored = read_safetensors(checkpoint / name) if name.endswith(".safetensors") else {}
+            for tensor in stored.values():
+                values = np.memmap(checkpoint / name, tensor.dtype, "r+", tensor.offset, tensor.shape).reshape(-1)
+                for start in range(0, values.size, block.size):
+                    values[start : start + block.size] = block[: values.size - start]
+                if len(tensor.shape) == 1:
+                    values += np.float16(1)  # a norm's
         for name, then in facts["files"].items():
             os.utime(checkpoint / name, ns=(then, then))
     return checkpoint
 
 
+def timed(owner: Any, name: str, tell: Callable[[str, float], None], label: Callable[..., str]) -> None:
+    """Let the function `name` of `owner` tell how long each call took."""
+    original = getattr(owner, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        result = original(*arguments, **options)
+        tell(label(*arguments, **options), time.perf_counter() - start)
+        return result
+
+    setattr(owner, name, call)
+
+
 def dissect(backend: Any, batch: int, context: int, weights: int) -> dict[str, Any]:
     profile = backend.profile(batch, context)
-    slowest = sorted(profile.steps, key=lambda s: -s.ms)[:6]
+    slowest = sorted(profile.steps, key=lambda s: -s.ms)[:12]
     return {
         "batch": batch,
         "context": context,
         "step_ms": profile.step_ms,
         "eager_ms": profile.eager_ms,
         "parts_ms": profile.total("part"),
+        "products_ms": profile.total("product"),
         "attention_ms": profile.total("attention"),
         "weights_ms": weights / BANDWIDTH * 1e3,
         "of_bandwidth": weights / BANDWIDTH * 1e3 / profile.step_ms,
-        "slowest": [{"name": s.name, "ms": round(s.ms, 4)} for s in slowest],
+        "slowest": [{"name": s.name, "kind": s.kind, "ms": round(s.ms, 4)} for s in slowest],
+        "layer_1": [
+            {"name": s.name.rpartition("layers.")[2], "kind": s.kind, "ms": round(s.ms, 4)}
+            for s in profile.steps
+            if "layers.1." in s.name
+        ],
     }
+
+
+def build(folder: Path, checkpoint: Path, work: Path, facts: dict[str, Any], given: argparse.Namespace) -> ll.Engine:
+    """With the seconds of each part and of the weights file printed as they come."""
+    from llmlab import build_tensorrt
+    from llmlab.runtime.manifest import Manifest
+
+    def tell(what: str, seconds: float) -> None:
+        print(f"  {seconds:7.1f} s  {what}", flush=True)
+
+    timed(build_tensorrt.PlanBuilder, "build", tell, lambda *_, name, **__: name)
+    timed(build_tensorrt, "write_tensors", tell, lambda path, tensors: f"{path.name}, {len(tensors)} tensors")
+    timed(Manifest, "write", tell, lambda *_: "hashes")
+    return ll.build(
+        ll.Graph.load(folder / "graph", weights_from=checkpoint),
+        work / "engine",
+        target="tensorrt",
+        config=config(given, facts["seq"]),
+        kernels=KernelSet.read(folder / "kernels"),
+        overwrite=True,
+    )
 
 
 def run(folder: Path, work: Path, given: argparse.Namespace) -> None:
@@ -105,32 +172,32 @@ def run(folder: Path, work: Path, given: argparse.Namespace) -> None:
     checkpoint = fill(facts)
     note("weights_s", round(time.perf_counter() - start, 1))
     start = time.perf_counter()
-    engine = ll.build(
-        ll.Graph.load(folder / "graph", weights_from=checkpoint),
-        work / "engine",
-        target="tensorrt",
-        config=config(tuple(given.buckets), given.level, facts["seq"]),
-        kernels=KernelSet.read(folder / "kernels"),
-        overwrite=True,
-    )
+    engine = build(folder, checkpoint, work, facts, given)
     note("build_s", round(time.perf_counter() - start, 1))
     note(
         "engine", {"bytes": engine.size, "level": given.level, "buckets": given.buckets, **engine.to_dict()["compiled"]}
     )
     layers = json.loads((engine.path / "layers.json").read_text())
     note("parts", [[p["name"], p["seconds"]] for p in layers["parts"]])
-    start = time.perf_counter()
-    backend = engine.backend(max_num_seqs=64)
+    device = Device.open()
+    before, start = device.free_memory, time.perf_counter()
+    backend: Any = engine.backend(max_num_seqs=64)
     note("open_s", round(time.perf_counter() - start, 1))
+    note("gpu_memory", {"bytes": before - device.free_memory, "kv_pool": backend.pool.nbytes})
+    meter = EnergyMeter(device)
     try:
+        note("generate", [fixed(backend, meter, batch, 128, 128, given.repeat) for batch in given.batch])
         embedding = facts["sizes"]["vocab_size"] * facts["sizes"]["hidden_size"]
         weights = 2 * (sum(int(np.prod(s)) for _, s in tensors(facts["sizes"])) - embedding)  # a row of it is read
         for batch in given.batch:
             note(f"step_{batch}", dissect(backend, batch, 192, weights))
+        if given.context:
+            fitting = min(max(given.batch), backend.limits.num_blocks * backend.limits.block_size // given.context)
+            note("step_long", dissect(backend, fitting, given.context, weights))
+        if given.requests:
+            note("mixed", inflight_against_static(backend, given.requests))
     finally:
         backend.close()
-    rows = measure(engine.path, given.batch, prompt_len=128, output_len=128, repeat=1, threads=None)
-    note("generate", [asdict(row) for row in rows])
 
 
 def main() -> None:
@@ -141,11 +208,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--capability", default="9.0")
     parser.add_argument("--max-seq-len", type=int, default=1024)
-    parser.add_argument("--level", type=int, default=1, help="TensorRT's optimization level")
+    parser.add_argument("--level", type=int, help="TensorRT's optimization level")
     parser.add_argument(
         "--buckets", type=int, nargs="*", default=[1, 64], help="decode batches with a profile of their own"
     )
+    parser.add_argument("--products", choices=("kernels", "tensorrt"), help="what computes large linear layers")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--context", type=int, help="tokens of the sequences of one more decode step")
+    parser.add_argument("--requests", type=int, default=256, help="of mixed lengths; 0: none")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--work", type=Path, help="where checkpoint and engine are written; default: a temporary folder"
@@ -154,8 +225,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = given.work or Path(temporary)
         if given.what == "prepare":
-            major, minor = map(int, given.capability.split("."))
-            prepare(given.folder, work, given.shape, given.layers, (major, minor), given.max_seq_len)
+            prepare(given.folder, work, given)
         else:
             run(given.folder, work, given)
 

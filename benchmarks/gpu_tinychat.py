@@ -45,7 +45,6 @@ CONFIG: dict[str, Any] = {
     "max_seq_len": 1024,
     "decode_buckets": (1, 64),
     "block_size": BLOCK_SIZE,
-    "optimization_level": 1,
 }
 
 

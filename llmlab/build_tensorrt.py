@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,15 @@ from llmlab.files import write_json
 from llmlab.graph.convert import convert
 from llmlab.graph.graph import Graph
 from llmlab.graph.lower.tensorrt import lower
-from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered
+from llmlab.graph.lower.tensorrt_parts import Dense, Lowered
 from llmlab.graph.store.storage import write_onnx
+from llmlab.graph.store.tensor_file import write_tensors
 from llmlab.kernels.binaries import KernelSet
-from llmlab.kernels.compile import (
-    attention_sources,
-    check_architectures,
-    compile_kernels,
-    feed_source,
-    sampling_sources,
-)
-from llmlab.kernels.gpu.geometry import QUANTIZED_POOLS, AttentionVariant
-from llmlab.progress import make_bar
+from llmlab.kernels.compile import check_architectures
+from llmlab.kernels.gpu.geometry import QUANTIZED_POOLS
+from llmlab.program_tensorrt import Kernels, check_tables, compile_for, to_program
 from llmlab.runtime import program as run
-from llmlab.runtime.backends.tensorrt.attention import variant_of
-from llmlab.runtime.manifest import PROGRAM, TABLES, Compiled, KVLayout
-from llmlab.tensorrt.attention_node import AttentionNode
+from llmlab.runtime.manifest import PROGRAM, TABLES, TENSORS, Compiled, KVLayout
 from llmlab.tensorrt.builder import PlanBuilder
 from llmlab.tensorrt.config import BuildConfig
 from llmlab.tensorrt.gpu import visible_gpu
@@ -40,6 +33,9 @@ from llmlab.tensorrt.precision import WeakTyping
 
 LAYERS = "layers.json"
 """How long each part took to build, and the layers that it was compiled to, as the build listed them or the engine inspector."""
+_LEVEL = (
+    5  # where products are kernels, what is left is small and the same for all layers: the longest search costs seconds
+)
 _MOST_ELEMENTS = (1 << 31) - 1  # of a tensor that TensorRT addresses
 
 
@@ -53,14 +49,19 @@ class Build:
     lowered: Lowered
     program: run.Program
     kv: KVLayout
-    variants: tuple[AttentionVariant, ...]
+    kernels: Kernels
     capabilities: tuple[tuple[int, int], ...]
 
     @property
     def compiled(self) -> Compiled:
         config = self.config
         return Compiled(
-            str(self.library), self.hosting, self.capabilities, config.max_batch, tuple(config.decode_buckets)
+            str(self.library),
+            self.hosting,
+            self.capabilities,
+            config.max_batch,
+            tuple(config.decode_buckets),
+            "kernels" if self.lowered.weights else "tensorrt",
         )
 
 
@@ -79,32 +80,52 @@ def prepare(graph: Graph, target: str, config: BuildConfig, max_seq_len: int) ->
     if weak is None and dtype != config.precision:
         raise InputError(f"the graph is in {dtype} and precision is {config.precision!r}: pass precision={dtype!r}")
     block_size = config.block_size if hosting == "plugin" else None
-    lowered = lower(graph, hosting=hosting, dialect=library.opset, weak_type=weak, block_size=block_size)
+    products = _products(config, hosting)
+    if products and not library.rtx and config.optimization_level is None:
+        config = replace(config, optimization_level=_LEVEL)
+    lowered = lower(
+        graph, hosting=hosting, dialect=library.opset, weak_type=weak, block_size=block_size, products=products
+    )
     kv = _kv_layout(graph, config)
     program = to_program(lowered)
     gpu = visible_gpu()
     here = () if gpu is None else (gpu.compute_capability,)
     capabilities = library.check_capabilities(config.compute_capabilities) or here
-    variants = tuple(dict.fromkeys(_variants(lowered, program, kv)))
     check_architectures(kv.dtype, [10 * major + minor for major, minor in capabilities])
-    _check_tables(lowered, max_seq_len)
-    return Build(library, hosting, config, lowered, program, kv, variants, capabilities)
+    check_tables(lowered, max_seq_len)
+    kernels = Kernels.of(lowered, program, kv, config.max_tokens_per_step)
+    return Build(library, hosting, config, lowered, program, kv, kernels, capabilities)
+
+
+def _products(config: BuildConfig, hosting: str) -> bool:
+    """Whether products are kernels. Raises InputError where they can't be."""
+    can = hosting == "piecewise" and config.precision != "float32"
+    if config.products == "kernels" and not can:
+        raise InputError(
+            f"products='kernels' is for piecewise hosting in float16 or bfloat16, this is {hosting} in {config.precision}"
+        )
+    return can and config.products != "tensorrt"
 
 
 def write(build: Build, kernels: KernelSet | None, work: Path, max_seq_len: int) -> None:
     """Compile and write all files but the manifest and the graph's assets. Ctrl-C stops in the middle."""
     if kernels is None:
-        kernels = compile_for(build.variants, build.program.tensors["logits"].width, build.capabilities)
+        kernels = compile_for([build.kernels], build.capabilities)
     kernels.write(work)
     write_json(work / PROGRAM, build.program.to_dict())
     save_file = require("safetensors.numpy", "tensorrt").save_file
     save_file(dict(build.lowered.tables), work / TABLES)
-    parts = [part for part in build.lowered.parts if isinstance(part, Dense)]
-    plans = [step.plan for step in build.program.steps if isinstance(step, run.RunPlan)]
+    if build.lowered.weights:
+        write_tensors(work / TENSORS, build.lowered.weights)
+    dense = (part for part in build.lowered.parts if isinstance(part, Dense))
+    steps = (step for step in build.program.steps if isinstance(step, run.RunPlan))
+    plans: dict[str, Dense] = {}  # what several parts run is built once
+    for part, step in zip(dense, steps, strict=True):
+        plans.setdefault(step.plan, part)
     records: list[dict[str, Any]] = []
     layers: dict[str, Any] = {}
-    with PlanBuilder(build.library, build.config, total=len(parts)) as builder:
-        for part, plan in zip(parts, plans, strict=True):
+    with PlanBuilder(build.library, build.config, total=len(plans)) as builder:
+        for plan, part in plans.items():
             made = _compile(builder, build, part, max_seq_len, work)
             (work / plan).write_bytes(made.data)
             records.append({"plan": plan, "name": part.name, "key": part.key, "seconds": round(made.seconds, 3)})
@@ -123,57 +144,27 @@ def _inspected(library: Library, plan: memoryview, name: str) -> dict[str, Any]:
 
 def kernels_for(graph: Graph, config: BuildConfig) -> KernelSet:
     """The kernels that an engine of this graph launches, compiled for `config.compute_capabilities` on a machine that needs
-    neither a GPU nor TensorRT: for `build(..., kernels=...)` on one that has no triton."""
-    if _dtype(graph) == "float32":
-        graph = convert(graph, config.precision)
-    lowered = lower(graph)
-    program = to_program(lowered)
+    neither a GPU nor TensorRT: for `build(..., kernels=...)` on one that has no triton. Products are among them unless
+    `config.products` says otherwise, as are those of a TensorRT that chooses precisions itself."""
+    narrow = convert(graph, config.precision) if _dtype(graph) == "float32" else graph
     kv = _kv_layout(graph, config)
-    variants = tuple(dict.fromkeys(_variants(lowered, program, kv)))
-    return compile_for(variants, program.tensors["logits"].width, config.compute_capabilities)
-
-
-def compile_for(variants: Iterable[AttentionVariant], vocab: int, capabilities: Iterable[tuple[int, int]]) -> KernelSet:
-    """Attention of these variants and sampling, for all GPUs named."""
-    sources = [source for variant in variants for source in attention_sources(variant)]
-    bar, close = make_bar(0, unit="kernel")
-
-    def progress(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    try:
-        architectures = [10 * major + minor for major, minor in capabilities]
-        return compile_kernels([*sources, *sampling_sources(vocab), feed_source()], architectures, progress)
-    finally:
-        close()
-
-
-def to_program(lowered: Lowered) -> run.Program:
-    """What the runtime reads: the parts with the names of their plans."""
-    tensors = {name: run.TensorSpec(t.dtype, t.width, t.rows) for name, t in lowered.tensors.items()}
-    steps: list[run.RunPlan | run.Attend] = []
-    for number, part in enumerate(lowered.parts):
-        if isinstance(part, Dense):
-            inputs, outputs = ({name: name for name in names} for names in (part.inputs, part.outputs))
-            steps.append(run.RunPlan(f"part{number:03d}.plan", inputs, outputs, part.name))
-        else:
-            steps.append(_attend(part))
-    return run.Program(tensors, tuple(steps))
-
-
-def _attend(part: Attend) -> run.Attend:
-    views = {name: run.View(**asdict(getattr(part, name))) for name in ("q", "k", "v")}
-    return run.Attend(**{**vars(part), **views})
+    products = _products(config, config.attention or "piecewise")
+    ways: list[Lowered] = [lower(narrow, products=products)]
+    if products and graph is not narrow and config.precision == "float16":
+        ways.append(lower(graph, dialect=17, weak_type="float16", products=True))
+    needed = [Kernels.of(lowered, to_program(lowered), kv, config.max_tokens_per_step) for lowered in ways]
+    return compile_for(needed, config.compute_capabilities)
 
 
 def _compile(builder: PlanBuilder, build: Build, part: Dense, max_seq_len: int, work: Path) -> Any:
     """One part, through an ONNX file that is gone afterwards."""
-    names = {*part.inputs, *part.outputs} & set(build.lowered.tensors)
-    weak = WeakTyping({name: build.lowered.tensors[name].dtype for name in sorted(names)}, part.keep_fp32)
+    types = {name: tensor.dtype for name, tensor in build.lowered.tensors.items()}
+    types |= {name: weight.dtype for name, weight in build.program.weights.items()}
+    names = sorted({*part.inputs, *part.outputs} & set(types))
+    weak = WeakTyping({name: types[name] for name in names}, part.keep_fp32)
     most_blocks = -(-max_seq_len // build.kv.capacity)
     sizes = {"W": (1, most_blocks, most_blocks), "blocks": _pool_range(build, most_blocks)}
-    shapes = {name: _shape(build, name) for name in part.inputs}
+    shapes = {name: _shape(build, name) for name in part.inputs if name not in build.program.weights}
     with tempfile.TemporaryDirectory(prefix=f"{work.name}.onnx.", dir=work.parent) as folder:
         write_onnx(part.graph.surgeon, Path(folder), "part.onnx", "part.bin")
         return builder.build(
@@ -207,26 +198,6 @@ def _pool_range(build: Build, most_blocks: int) -> tuple[int, int, int]:
     largest = max(2 * heads * dim * build.kv.capacity for heads, dim in build.kv.layers)
     most = _MOST_ELEMENTS // largest
     return (1, min(most, build.config.max_batch * most_blocks), most)
-
-
-def _variants(lowered: Lowered, program: run.Program, kv: KVLayout) -> Iterable[AttentionVariant]:
-    for step in program.steps:
-        if isinstance(step, run.Attend):
-            yield variant_of(step, program, kv, lowered.tables)
-    for part in lowered.parts:
-        for node in part.graph.surgeon.nodes if isinstance(part, Dense) else ():
-            if node.op == "PagedAttention":
-                found = AttentionNode.from_attributes(node.attrs)
-                dtype = np.dtype(node.outputs[0].dtype).name
-                yield AttentionVariant(found.kind, dtype, kv.dtype, found.rotary, bool(found.interleaved))
-
-
-def _check_tables(lowered: Lowered, max_seq_len: int) -> None:
-    for part in lowered.parts:
-        if isinstance(part, Attend) and "cos" in part.tables:
-            rows = len(lowered.tables[part.tables["cos"]])
-            if rows < max_seq_len:
-                raise EngineError(f"{part.name}: its RoPE tables have {rows} positions, max_seq_len is {max_seq_len}")
 
 
 def _dtype(graph: Graph) -> str:

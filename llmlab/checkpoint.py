@@ -22,7 +22,7 @@ from llmlab.files import open_regular, plain_name, read_bytes, read_json
 _HEADER_LIMIT = 100 << 20  # bytes, what the safetensors format allows
 _SHOWN = 80  # characters of a name
 _MOST_AXES = 32  # what every numpy can map
-_DTYPES: Mapping[str, np.dtype] = {
+DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -125,9 +125,9 @@ def _stored(path: Path, name: str, entry: Any, base: int, size: int) -> StoredTe
         numbers = len(shape) <= _MOST_AXES and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError) as problem:
         raise CheckpointError(f"{path}: the entry of {name!r} is malformed") from problem
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CheckpointError(f"{path}: {name!r} has type {dtype!r}, expected one of {', '.join(_DTYPES)}")
-    expected = _DTYPES[dtype].itemsize
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name!r} has type {dtype!r}, expected one of {', '.join(DTYPES)}")
+    expected = DTYPES[dtype].itemsize
     for n in shape if numbers else ():
         expected *= n  # Python integers: an absurd shape can't overflow
     if not numbers or end - begin != expected:
@@ -138,7 +138,7 @@ def _stored(path: Path, name: str, entry: Any, base: int, size: int) -> StoredTe
         raise CheckpointError(
             f"{path}: {name!r} ends at byte {base + end}, the file at {size}: truncated, fetch it again"
         )
-    return StoredTensor(path, _DTYPES[dtype], shape, base + begin)
+    return StoredTensor(path, DTYPES[dtype], shape, base + begin)
 
 
 class Weights(Mapping[str, StoredTensor]):

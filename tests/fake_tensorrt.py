@@ -18,10 +18,12 @@ import onnxruntime as ort
 import pytest
 from fake_driver import installed
 from host_driver import HostDriver, view
+from lowered import product
 
 from llmlab.kernels.attention import AttentionPointers
 from llmlab.kernels.binaries import KernelSet
 from llmlab.kernels.gpu.geometry import AttentionKind
+from llmlab.kernels.products import ProductPointers
 from llmlab.kernels.reference import paged_attention
 from llmlab.runtime.params import SamplingParams
 from llmlab.runtime.sampler import draw
@@ -107,8 +109,11 @@ class FakeEngine:
         options.log_severity_level = 3
         self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.inputs = {i.name: _KINDS[i.type] for i in self.session.get_inputs()}
+        sizes = {i.name: tuple(i.shape) for i in self.session.get_inputs()}
+        self.fixed = {n: s for n, s in sizes.items() if all(isinstance(d, int) for d in s)}
         self.outputs = [o.name for o in self.session.get_outputs()]
         self.num_optimization_profiles = len(self.profiles)
+        self.taken: set[int] = set()
         self.num_io_tensors = len(self.types)
 
     def create_engine_inspector(self) -> Any:
@@ -130,14 +135,16 @@ class FakeContext:
 
     def __init__(self, engine: FakeEngine, library: FakeLibrary) -> None:
         self.engine, self.library = engine, library
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = dict(engine.fixed)
         self.addresses: dict[str, int] = {}
         self.scratch = 0, 0
         self.profile = -1
 
     def set_optimization_profile_async(self, number: int, stream: int) -> bool:
-        self.profile = number
-        return True
+        """False for a profile that another context of the engine has, as in TensorRT 8.6."""
+        taken, self.profile = number in self.engine.taken, number
+        self.engine.taken.add(number)
+        return not taken
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, _, high = self.engine.profiles[self.profile][name]
@@ -254,6 +261,30 @@ def fake_attention(driver: HostDriver) -> type:
     return Attention
 
 
+def fake_product(driver: HostDriver) -> type:
+    """`Product` in NumPy."""
+
+    class Product:
+        def __init__(self, kernels: KernelSet, device: Any, kind: Any) -> None:
+            self.kind = kind
+
+        def enqueue(self, stream: Any, pointers: ProductPointers, *, rows: int) -> None:
+            p = ProductPointers(**vars(pointers))
+            driver.enqueue(lambda: self.run(p, rows))
+
+        def run(self, p: ProductPointers, rows: int) -> None:
+            kind = self.kind
+            dtype, out_dtype = (_plain(name) for name in (kind.dtype, kind.out_dtype))
+            x = view(p.x, (rows, kind.depth), dtype, p.x_stride)
+            weight = view(p.weight, (kind.outputs, kind.depth), dtype)
+            bias = view(p.bias, (kind.outputs,), dtype) if kind.bias else None
+            add = view(p.add, (rows, kind.width), dtype) if kind.add else None
+            with np.errstate(all="ignore"):
+                view(p.out, (rows, kind.width), out_dtype)[...] = product(x, weight, kind.gate, bias, add)
+
+    return Product
+
+
 def fake_sampler(driver: HostDriver) -> type:
     """`TokenSampler` on `runtime.sampler.draw`."""
 
@@ -321,6 +352,7 @@ def fake_gpu(free: int = 1 << 30, capability: tuple[int, int] = (9, 0)) -> Itera
         patch.setattr(f"{runtime}.attention.AttentionVariant", FakeVariant)
         patch.setattr(f"{runtime}.attention.PagedAttention", fake_attention(driver))
         patch.setattr(f"{runtime}.attention.TokenLocator", FakeLocator)
+        patch.setattr(f"{runtime}.products.Product", fake_product(driver))
         patch.setattr(f"{runtime}.tokens.TokenSampler", fake_sampler(driver))
         patch.setattr(f"{runtime}.tokens.TokenFeed", fake_feed(driver))
         yield SimpleNamespace(driver=driver, library=library)

@@ -1,5 +1,5 @@
 """A program that lowering for TensorRT gave, run part by part: ONNX Runtime (its own optimisations off) for the compiled
-parts, the NumPy reference for attention."""
+parts, the NumPy reference for attention, NumPy for products."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import onnxruntime as ort
 from onnx.reference import ReferenceEvaluator
 
 from llmlab.graph.interpret import KERNELS, unwritten
-from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered, View
+from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered, Multiply, View
+from llmlab.graph.store.storage import loaded
+from llmlab.kernels.activations import ACTIVATIONS
 from llmlab.kernels.reference import paged_attention
 
 Arrays = Mapping[str, np.ndarray]
@@ -33,7 +35,14 @@ class Execution:
     ) -> None:
         self.lowered = lowered
         make = _in_ort if evaluator == "onnxruntime" else _evaluated
-        self._run = {part.name: make(part) for part in lowered.parts if isinstance(part, Dense)}
+        dense = [part for part in lowered.parts if isinstance(part, Dense)]
+        first = {
+            part.key: part for part in reversed(dense)
+        }  # where weights lie outside, one plan serves all of its key
+        alike = {part.key: make(part) for part in first.values()} if lowered.weights else {}
+        self._run = {part.name: (alike[part.key] if lowered.weights else make(part)) for part in dense}
+        self._first = {part.name: first[part.key] if lowered.weights else part for part in dense}
+        self.weights = {name: np.asarray(loaded(values)) for name, values in lowered.weights.items()}
         self.pools = {
             part.layer: unwritten(
                 (2, num_blocks, part.kv_heads, block_size, part.head_dim), pools or _dtype(lowered, part.out)
@@ -44,17 +53,31 @@ class Execution:
 
     def step(self, feeds: Arrays) -> np.ndarray:
         """Run one step on the serving graph's inputs (all but the caches); returns logits [N, vocab]."""
-        values = {name: np.asarray(array, np.int32) for name, array in feeds.items()}
+        values = {**self.weights, **{name: np.asarray(array, np.int32) for name, array in feeds.items()}}
         for part in self.lowered.parts:
             if isinstance(part, Attend):
                 values[part.out] = self._attend(part, values)
                 continue
-            for name, array in zip(part.outputs, self._run[part.name](values), strict=True):
+            if isinstance(part, Multiply):
+                values[part.out] = self._multiply(part, values)
+                continue
+            names = zip(self._first[part.name].inputs, part.inputs, strict=True)
+            made = self._run[part.name]({binding: values[name] for binding, name in names})
+            for name, array in zip(part.outputs, made, strict=True):
                 spec = self.lowered.tensors[name]
                 rows = len(feeds["input_ids" if spec.rows == "T" else "logits_index"])
                 assert array.shape == ((rows, spec.width) if spec.width else (rows,)), name
                 values[name] = array.astype(spec.dtype)
         return values["logits"]
+
+    def _multiply(self, part: Multiply, values: Arrays) -> np.ndarray:
+        x = values[part.x.tensor][:, part.x.offset : part.x.offset + part.depth]
+        weight = values[part.weight]
+        spec = self.lowered.tensors[part.out]
+        assert x.dtype == weight.dtype == np.dtype(part.weight_dtype) and spec.width == part.width
+        assert weight.shape == (part.width * (2 if part.gate else 1), part.depth)
+        out = product(x, weight, part.gate, *(None if n is None else values[n] for n in (part.bias, part.add)))
+        return out.astype(_dtype(self.lowered, part.out))
 
     def _attend(self, part: Attend, values: Arrays) -> np.ndarray:
         def columns(view: View, heads: int) -> np.ndarray:
@@ -75,6 +98,23 @@ class Execution:
         )
         assert out.dtype == _dtype(self.lowered, part.out)
         return out
+
+
+def product(
+    x: np.ndarray, weight: np.ndarray, gate: str, bias: np.ndarray | None, add: np.ndarray | None
+) -> np.ndarray:
+    """What a product's kernel computes, in float32."""
+    out = x.astype(np.float32) @ weight.astype(np.float32).T
+    if bias is not None:
+        assert bias.dtype == x.dtype
+        out += bias.astype(np.float32)
+    if gate:
+        act, up = np.split(out, 2, axis=1)
+        out = ACTIVATIONS[gate](act) * up
+    if add is not None:
+        assert add.dtype == x.dtype
+        out += add.astype(np.float32)
+    return out
 
 
 def _dtype(lowered: Lowered, name: str) -> np.dtype:

@@ -48,6 +48,11 @@ class Device:
         call("cuCtxSetCurrent", self._context)
 
     @property
+    def pci_bus_id(self) -> str:
+        """Such as 0000:65:00.0, which is what other tools know this GPU by."""
+        return str(call("cuDeviceGetPCIBusId", 32, self._handle).split(b"\0")[0].decode())
+
+    @property
     def free_memory(self) -> int:
         """Bytes that nobody uses now."""
         return int(call("cuMemGetInfo")[0])

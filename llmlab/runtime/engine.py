@@ -104,7 +104,9 @@ class Engine:
         }
         if (c := m.compiled) is not None:
             gpus = ", ".join(f"{major}.{minor}" for major, minor in c.compute_capabilities)
-            facts["compiled"] = f"{c.library} for compute capability {gpus}, attention {c.hosting}"
+            facts["compiled"] = (
+                f"{c.library} for compute capability {gpus}, attention {c.hosting}, products by {c.products}"
+            )
             facts["batch"] = f"up to {c.max_batch} sequences a step"
         rows = "".join(
             f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{html.escape(str(v))}</td></tr>"

@@ -18,6 +18,7 @@ ENGINE_FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL, WEIGHTS = "model.onnx", "weights.bin"  # onnxruntime
 PROGRAM, TABLES, KERNELS = "program.json", "tables.safetensors", "kernels.json"  # TensorRT, beside *.plan and *.cubin
+TENSORS = "weights.safetensors"  # TensorRT, where products are kernels
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Compiled:
     """Sequences in a step, at most."""
     decode_buckets: tuple[int, ...] = ()
     """Batch sizes whose decode steps have kernels of their own."""
+    products: str = "tensorrt"
+    """What computes large linear layers: `kernels` of ours, or `tensorrt`."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,7 @@ def _compiled(data: Mapping[str, Any] | None) -> Compiled | None:
         compute_capabilities=tuple((_count(a), _count(b, 0)) for a, b in data["compute_capabilities"]),
         max_batch=_count(data["max_batch"]),
         decode_buckets=tuple(_count(b) for b in data["decode_buckets"]),
+        products=str(data.get("products", "tensorrt")),  # engines from before there was a choice say nothing
     )
 
 

@@ -1,4 +1,4 @@
-"""What a TensorRT engine runs in a step: compiled parts and attention, in order, over named device tensors."""
+"""What a TensorRT engine runs in a step: compiled parts, attention and products, in order, over named device tensors."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class WeightSpec:
+    """A tensor of the engine's weights file."""
+
+    dtype: str
+    """float16, bfloat16, float32 or int8."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class View:
     """Columns of a tensor from `offset` on, such as q in a packed QKV product."""
 
@@ -32,7 +41,8 @@ class View:
 class RunPlan:
     """Run one compiled part. `inputs` and `outputs` name the plan's bindings and the tensors that are bound to them.
 
-    Beside the program's tensors, what may be bound by name: the step's `input_ids`, `position_ids`, `query_start`, `kv_len`, `block_table`
+    Several steps may run the same plan on different tensors.
+    Beside the program's tensors and weights, what may be bound by name: the step's `input_ids`, `position_ids`, `query_start`, `kv_len`, `block_table`
     and `logits_index` (int32 all), and `kv_cache.{layer}`, in place where it is an output too.
     """
 
@@ -67,26 +77,63 @@ class Attend:
 
 
 @dataclass(frozen=True)
+class Multiply:
+    """Launch the kernel of a linear layer: out = act(x·Wg + bg) * (x·Wu + bu), or x·W + bias + add.
+
+    `weight`, `bias` and `scale` name tensors of the weights file: [width, depth], with a gate [2 · width, depth], the gate's
+    rows first; bias as long as it has rows; scale float16, one a row or a group of `group` columns.
+    """
+
+    x: View
+    weight: str
+    out: str
+    depth: int
+    width: int
+    weight_dtype: str
+    """float16, bfloat16, int8, or int4: two values a byte."""
+    group: int = 0
+    gate: str = ""
+    scale: str | None = None
+    bias: str | None = None
+    add: str | None = None
+    """A tensor [rows, width] that is added: the residual."""
+    name: str = ""
+
+
+Step = RunPlan | Attend | Multiply
+_KINDS: dict[str, type[Step]] = {"plan": RunPlan, "attend": Attend, "multiply": Multiply}
+
+
+@dataclass(frozen=True)
 class Program:
     """The steps of one forward pass, and the tensors that they share. The last of them makes `logits` [N, vocab], float32."""
 
     tensors: Mapping[str, TensorSpec]
-    steps: tuple[RunPlan | Attend, ...]
+    steps: tuple[Step, ...]
+    weights: Mapping[str, WeightSpec] = field(default_factory=dict)
+    """What lies in the weights file: all that products read, and what parts read from outside."""
 
     def to_dict(self) -> dict[str, Any]:
-        steps = [{"plan" if isinstance(s, RunPlan) else "attend": asdict(s)} for s in self.steps]
-        return {"tensors": {name: asdict(spec) for name, spec in self.tensors.items()}, "steps": steps}
+        kinds = {cls: kind for kind, cls in _KINDS.items()}
+        return {
+            "tensors": {name: asdict(spec) for name, spec in self.tensors.items()},
+            "weights": {name: asdict(spec) for name, spec in self.weights.items()},
+            "steps": [{kinds[type(step)]: asdict(step)} for step in self.steps],
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Program:
         """What `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
         tensors = {str(name): TensorSpec(**spec) for name, spec in data["tensors"].items()}
-        steps: list[RunPlan | Attend] = []
+        weights = {
+            str(name): WeightSpec(spec["dtype"], tuple(spec["shape"]))
+            for name, spec in data.get("weights", {}).items()  # engines from before there were any have none
+        }
+        steps: list[Step] = []
         for entry in data["steps"]:
-            if "plan" in entry:
-                steps.append(RunPlan(**entry["plan"]))
-            else:
-                given = entry["attend"]
-                views = {name: View(**given[name]) for name in ("q", "k", "v")}
-                steps.append(Attend(**{**given, **views}))
-        return cls(tensors, tuple(steps))
+            ((kind, given),) = entry.items()
+            if kind not in _KINDS:
+                raise ValueError(f"a step is {kind!r}, expected one of {', '.join(_KINDS)}")
+            views = {name: View(**given[name]) for name in ("q", "k", "v", "x") if name in given}
+            steps.append(_KINDS[kind](**{**given, **views}))
+        return cls(tensors, tuple(steps), weights)

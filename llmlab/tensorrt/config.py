@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from llmlab.errors import InputError
 
 Attention = Literal["plugin", "piecewise", "native"]
+Products = Literal["kernels", "tensorrt"]
 Precision = Literal["float16", "bfloat16", "float32"]
 Range = tuple[int, int, int]
 """Smallest, most usual and largest size of a dimension."""
@@ -40,9 +41,12 @@ class BuildConfig:
     """Tokens in a block of the KV pool."""
     attention: Attention | None = None
     """How PagedAttention is hosted: as a plugin in one engine, between pieces, or by TensorRT's own operators."""
+    products: Products | None = None
+    """What computes large linear layers: kernels of ours, in piecewise hosting in float16 or bfloat16, where identical layers
+    then share what TensorRT compiles and all weights lie in one file; or TensorRT. None: kernels where they can."""
     precision: Precision = "float16"
     optimization_level: int | None = None
-    """0 to 5: how long TensorRT looks for faster kernels."""
+    """0 to 5: how long TensorRT looks for faster kernels. None: 5 where products are kernels of ours, else its own default."""
     workspace_bytes: int | None = None
     """Scratch memory of a kernel, at most."""
     timing_cache: Path | None = None
@@ -64,6 +68,7 @@ class BuildConfig:
         _optional("workspace_bytes", self.workspace_bytes, 1 << 20, 1 << 40)
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("attention", self.attention, (None, *get_args(Attention)))
+        _one_of("products", self.products, (None, *get_args(Products)))
         _one_of("precision", self.precision, get_args(Precision))
         _one_of("refit", self.refit, (False, True))
         self._set("decode_buckets", _tuple("decode_buckets", self.decode_buckets))

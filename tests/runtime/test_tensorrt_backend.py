@@ -296,6 +296,19 @@ def test_a_plan_that_was_altered(folder: Path, tmp_path: Path) -> None:
         ll.Engine.load(copy)
 
 
+def altered(folder: Path, copy: Path, change: Any, files: Any = lambda folder: None) -> Path:
+    """An engine whose program and files were changed, and signed anew, as someone who means harm would."""
+    shutil.copytree(folder, copy)
+    program = json.loads((copy / "program.json").read_text())
+    change(program)
+    (copy / "program.json").write_text(json.dumps(program))
+    files(copy)
+    manifest = Manifest.read(copy)
+    (copy / "manifest.json").unlink()
+    manifest.write(copy)
+    return copy
+
+
 def step(kind: str, field: str, value: Any) -> Any:
     """A change to the first step of its kind."""
 
@@ -332,14 +345,7 @@ def tensor(**changes: Any) -> Any:
     ],
 )
 def test_programs_that_cannot_be_believed(folder: Path, tmp_path: Path, change: Any, message: str) -> None:
-    """Changed and signed anew, as someone who means harm would."""
-    copy = Path(shutil.copytree(folder, tmp_path / "e"))
-    program = json.loads((copy / "program.json").read_text())
-    change(program)
-    (copy / "program.json").write_text(json.dumps(program))
-    manifest = Manifest.read(copy)
-    (copy / "manifest.json").unlink()
-    manifest.write(copy)
+    copy = altered(folder, tmp_path / "e", change)
     with pytest.raises(EngineError) as caught:
         ll.Engine.load(copy).backend(max_num_seqs=2, kv_blocks=BLOCKS)
     assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -40,10 +40,16 @@ class Emulated(EmulatedGpu):
         return self._do
 
 
-@pytest.fixture(scope="module")
-def engine(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """An fp16 engine's backend, with decode steps captured."""
-    config = ll.BuildConfig(block_size=16, max_batch=4, max_tokens_per_step=40, compute_capabilities=((9, 0),))
+@pytest.fixture(scope="module", params=["tensorrt", pytest.param("kernels", marks=pytest.mark.slow)])
+def engine(request: Any, store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An fp16 engine's backend, with decode steps captured; products as one that is played computes them, and by our kernels."""
+    config = ll.BuildConfig(
+        block_size=16,
+        max_batch=4,
+        max_tokens_per_step=40,
+        products=request.param,
+        compute_capabilities=((9, 0),),
+    )
     sources: list[Any] = []
 
     def compile_kernels(given: Any, architectures: Any, progress: Any = None) -> KernelSet:
@@ -56,7 +62,7 @@ def engine(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
         patch.setattr("llmlab.build_tensorrt.resolve", lambda kind: library)
         patch.setattr("llmlab.build_tensorrt.visible_gpu", lambda: gpu)
         patch.setattr("llmlab.build_tensorrt.PlanBuilder", FakeBuilder)
-        patch.setattr("llmlab.build_tensorrt.compile_kernels", compile_kernels)
+        patch.setattr("llmlab.program_tensorrt.compile_kernels", compile_kernels)
         patch.setattr("llmlab.runtime.backends.tensorrt.open.resolve", lambda kind: library)
         engine = ll.build(store.serving("llama"), tmp_path_factory.mktemp("e") / "e", target="tensorrt", config=config)
         driver = Emulated(sources)

@@ -13,8 +13,9 @@ from llmlab.graph.lower.opset import legalise
 from llmlab.graph.lower.tensorrt_experts import expand_experts
 from llmlab.graph.lower.tensorrt_native import native_attention
 from llmlab.graph.lower.tensorrt_parts import Lowered
-from llmlab.graph.lower.tensorrt_piecewise import cut_at_attention
+from llmlab.graph.lower.tensorrt_piecewise import cut_at_kernels
 from llmlab.graph.lower.tensorrt_plugin import plugin_nodes
+from llmlab.graph.lower.tensorrt_products import mark_products
 from llmlab.graph.lower.weights import defer_weights
 from llmlab.graph.operators.functions import inline_functions
 from llmlab.graph.passes.convert_precision import computes_wide
@@ -34,6 +35,7 @@ def lower(
     dialect: int = OPSET,
     weak_type: str | None = None,
     block_size: int | None = None,
+    products: bool = False,
 ) -> Lowered:
     """The serving graph as ONNX for TensorRT; the given graph is not changed, and no large weight is read.
 
@@ -44,14 +46,18 @@ def lower(
     weak_type: under weak typing, what TensorRT may compute in and what parts hand each other (float16). The graph has to be
         in float32 and stays so, without a Cast; `Dense.keep_fp32` says what must not be narrowed. Without it the graph's own
         types hold: convert it first (`llmlab.convert`).
+    products: in piecewise hosting, in float16 or bfloat16, cut at large linear layers too, for kernels of ours, and leave all
+        weights outside the parts, so that those of layers which are alike are one.
     Raises InputError for arguments that don't fit, and UnsupportedModelError that names a node which can't be expressed.
     """
-    block = _check(graph, hosting, dialect, weak_type, block_size)
+    block = _check(graph, hosting, dialect, weak_type, block_size, products)
     work = graph.copy()
     edit = Editor(work)
     inline_functions(edit)
     wide = computes_wide(work, np.dtype(weak_type)) if weak_type is not None else set()
     keep = set(wide)
+    if products:
+        mark_products(edit, weak_type or graph.activations, weak_type is not None, wide)
     expand_gated(edit)
     expand_experts(edit, keep)
     int32_inputs(edit)
@@ -64,10 +70,12 @@ def lower(
         return plugin_nodes(edit, block)
     if hosting == "native":
         return native_attention(edit, block)
-    return cut_at_attention(edit, weak_type, wide, keep)
+    return cut_at_kernels(edit, weak_type, wide, keep, products)
 
 
-def _check(graph: Graph, hosting: str, dialect: int, weak_type: str | None, block_size: int | None) -> int:
+def _check(
+    graph: Graph, hosting: str, dialect: int, weak_type: str | None, block_size: int | None, products: bool
+) -> int:
     """Raises InputError unless the arguments of `lower` fit together; gives the block size (0 in piecewise hosting)."""
     if not isinstance(graph, Graph) or graph.kind != "serving":
         raise InputError("expected a serving graph: pass what llmlab.optimize returned")
@@ -81,6 +89,8 @@ def _check(graph: Graph, hosting: str, dialect: int, weak_type: str | None, bloc
         raise InputError(f"weak_type is {weak_type!r}, expected 'float16' or None")
     if weak_type is not None and dtype != "float32":
         raise InputError(f"weak typing starts from float32, the graph is in {dtype}: lower the unconverted one")
+    if products and (hosting != "piecewise" or (weak_type is None and dtype == "float32")):
+        raise InputError("products are kernels in piecewise hosting alone, in float16 or bfloat16")
     if hosting == "piecewise":
         return 0
     if weak_type is not None or dtype == "float32":

@@ -1,4 +1,5 @@
-"""What lowering for TensorRT gives: parts to compile, attention between them, and the tensors that they hand each other."""
+"""What lowering for TensorRT gives: parts to compile, attention and products between them, and the tensors that they hand
+each other."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from llmlab.graph.graph import Graph
+from llmlab.graph.store.lazy import Values
 
 Rows = Literal["T", "N"]
 """A row for each new token of the step, or for each whose logits are wanted."""
@@ -41,7 +43,8 @@ class Dense:
     graph: Graph
     """To be written by `write_onnx`; its inputs and outputs have the program's names."""
     key: str
-    """Parts with the same key differ in names and weights alone."""
+    """Parts with the same key differ in names and weights alone; where weights lie outside, in names alone, and their inputs
+    and outputs correspond in order."""
     keep_fp32: tuple[str, ...] = ()
     """Under weak typing, names of nodes that have to compute in float32: norms, softmax, routers, RoPE, what follows the head."""
 
@@ -76,11 +79,38 @@ class Attend:
 
 
 @dataclass(frozen=True)
+class Multiply:
+    """One linear layer that a kernel computes: out = act(x·Wg + bg) * (x·Wu + bu), or x·W + bias + add.
+
+    `weight` [width, depth], with a gate [2 · width, depth]: the gate's rows first. `bias` is as long as it has rows.
+    """
+
+    name: str
+    x: View
+    weight: str
+    """In `Lowered.weights`, as are `bias` and `scale`."""
+    out: str
+    depth: int
+    width: int
+    weight_dtype: str
+    group: int = 0
+    """Columns that share a scale, where the weight is quantized; 0: one scale a row."""
+    gate: str = ""
+    """`silu`, `gelu`, `gelu_tanh` or `relu`; empty for none."""
+    scale: str | None = None
+    bias: str | None = None
+    add: str | None = None
+    """A tensor [rows, width] that is added: the residual."""
+
+
+@dataclass(frozen=True)
 class Lowered:
     """Parts in executable order. The last gives `logits` [N, vocab] in float32."""
 
-    parts: tuple[Dense | Attend, ...]
+    parts: tuple[Dense | Attend | Multiply, ...]
     tensors: Mapping[str, Tensor]
-    """What parts make, by name. Their other inputs are the step's: those of the serving graph, as int32."""
+    """What parts make, by name. Their other inputs are weights, and the step's: those of the serving graph, as int32."""
     tables: Mapping[str, np.ndarray] = field(default_factory=dict)
     """float32 arrays that the attention between the parts reads."""
+    weights: Mapping[str, Values] = field(default_factory=dict)
+    """What products and parts read from outside, each computed when it is written."""

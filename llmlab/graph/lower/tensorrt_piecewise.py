@@ -1,8 +1,8 @@
-"""A lowered graph cut at attention: parts that TensorRT compiles, and what runs between them."""
+"""A lowered graph cut at attention and products: parts that TensorRT compiles, and what runs between them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import get_args
 
 import numpy as np
@@ -11,48 +11,109 @@ import onnx_graphsurgeon as gs
 from llmlab.errors import UnsupportedModelError
 from llmlab.graph.cut import cut
 from llmlab.graph.edit import Dim, Editor, operand
-from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered, Rows, Tensor, View
+from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered, Multiply, Rows, Tensor, View
+from llmlab.graph.lower.tensorrt_products import MULTIPLE, PRODUCT
+from llmlab.graph.lower.tensorrt_weights import shared_key, weights_as_inputs
 from llmlab.graph.lower.views import columns
 from llmlab.graph.pieces import Piece
+from llmlab.graph.store.lazy import Values
 from llmlab.graph.store.storage import array
 
 TABLES = {8: "cos", 9: "sin", 10: "alibi_slopes", 11: "sinks", 12: "k_scale", 13: "v_scale"}
 """The inputs of PagedAttention that are the same in every step."""
 
 
-def cut_at_attention(edit: Editor, weak_type: str | None, wide: Collection[str], keep_fp32: Collection[str]) -> Lowered:
+def cut_at_kernels(
+    edit: Editor, weak_type: str | None, wide: Collection[str], keep_fp32: Collection[str], products: bool
+) -> Lowered:
     """`lower` with piecewise hosting, from a graph in operators that TensorRT has; `edit`'s graph is changed.
 
     wide: names of the nodes whose results stay float32 when they cross from part to part under weak typing.
+    products: the graph has Product nodes, and weights are to lie outside the parts.
     """
-    attention = [n for n in edit.surgeon.nodes if n.op == "PagedAttention"]
-    views, tables = {}, _Tables()
-    for node in attention:
-        found = [columns(t) for t in node.inputs[:3]]
-        views[node.name] = [View(c.tensor.name, c.offset) for c in found]
-        node.inputs = [*(c.tensor for c in found), *node.inputs[3:]]
+    tables = _Tables()
+    views = {node.name: _views(node) for node in edit.surgeon.nodes if node.op in ("PagedAttention", PRODUCT)}
     edit.surgeon.cleanup()
+    weights = weights_as_inputs(edit.surgeon, weak_type, keep_fp32) if products else {}
     makers = {t.name: n for n in edit.surgeon.nodes for t in n.outputs}
-    handed = {t.name for n in attention for t in (*n.inputs[:3], n.outputs[0])}
-    result = cut(edit.graph, lambda node: node.op == "PagedAttention")
+    handed = {t.name for n in edit.surgeon.nodes for t in _handed(n)}
+    result = cut(edit.graph, lambda node: node.op in ("PagedAttention", PRODUCT))
     tensors: dict[str, Tensor] = {}
     for crossing in result.crossings:
-        narrow = crossing.name in handed or makers[crossing.name].name not in wide
-        dtype = weak_type if weak_type is not None and crossing.dtype == "float32" and narrow else crossing.dtype
+        maker = makers[crossing.name]
+        narrow = crossing.name in handed or maker.name not in wide
+        if maker.op == PRODUCT:
+            dtype = maker.attrs["out_dtype"]
+        else:
+            dtype = weak_type if weak_type is not None and crossing.dtype == "float32" and narrow else crossing.dtype
         tensors[crossing.name] = _tensor(crossing.name, dtype, crossing.shape)
     logits = next(t for t in edit.surgeon.outputs if t.name == "logits")
     tensors["logits"] = _tensor("logits", "float32", logits.shape)
-    parts = [
-        _attend(piece, views[piece.name], tables) if piece.marked else _dense(piece, keep_fp32)
-        for piece in result.pieces
-    ]
-    return Lowered(tuple(parts), tensors, tables.arrays)
+    types = {name: tensor.dtype for name, tensor in tensors.items()}
+    types |= {name: np.dtype(values.dtype).name for name, values in weights.items()}
+    parts: list[Dense | Attend | Multiply] = []
+    for piece in result.pieces:
+        if not piece.marked:
+            parts.append(_dense(piece, keep_fp32, types if products else None))
+        elif piece.graph.surgeon.nodes[-1].op == PRODUCT:
+            parts.append(_multiply(piece, views[piece.name], weights))
+        else:
+            parts.append(_attend(piece, views[piece.name], tables))
+    read = {name for part in parts if not isinstance(part, Attend) for name in _weights_of(part)}
+    return Lowered(tuple(parts), tensors, tables.arrays, {n: v for n, v in weights.items() if n in read})
 
 
-def _dense(piece: Piece, keep_fp32: Collection[str]) -> Dense:
+def _views(node: gs.Node) -> list[View]:
+    """Where q, k and v, or a product's rows, lie; the node reads whole tensors from then on."""
+    found = [columns(t) for t in node.inputs[: 1 if node.op == PRODUCT else 3]]
+    if node.op == PRODUCT:
+        (x,) = found
+        if x.offset % MULTIPLE or not isinstance(x.tensor.shape[1], int) or x.tensor.shape[1] % MULTIPLE:
+            return [View(node.inputs[0].name)]
+    node.inputs = [*(c.tensor for c in found), *node.inputs[len(found) :]]
+    return [View(c.tensor.name, c.offset) for c in found]
+
+
+def _handed(node: gs.Node) -> list[gs.Tensor]:
+    """What a kernel reads and gives in the type that the parts hand each other."""
+    if node.op == PRODUCT:
+        added = operand(node, 3)
+        return [node.inputs[0], *([] if added is None else [added])]
+    return [*node.inputs[:3], node.outputs[0]] if node.op == "PagedAttention" else []
+
+
+def _weights_of(part: Dense | Multiply) -> Sequence[str]:
+    if isinstance(part, Dense):
+        return part.inputs
+    return [name for name in (part.weight, part.bias, part.scale) if name is not None]
+
+
+def _dense(piece: Piece, keep_fp32: Collection[str], types: Mapping[str, str] | None) -> Dense:
+    """types: of what crosses and of weights, where parts of one key share a plan."""
     computed = (n for n in piece.graph.surgeon.nodes if all(t.dtype == np.float32 for t in n.outputs))
     kept = tuple(n.name for n in computed if n.name in keep_fp32)
-    return Dense(piece.name, piece.graph, piece.key, kept)
+    key = piece.key
+    if types is not None:
+        key = shared_key(key, piece.graph.surgeon, [types.get(n, "") for n in (*piece.inputs, *piece.outputs)], kept)
+    return Dense(piece.name, piece.graph, key, kept)
+
+
+def _multiply(piece: Piece, views: list[View], weights: Mapping[str, Values]) -> Multiply:
+    node = piece.graph.surgeon.nodes[-1]
+    x, weight, bias, add = (operand(node, i) for i in range(4))
+    assert x is not None and weight is not None
+    return Multiply(
+        name=node.name,
+        x=views[0],
+        weight=weight.name,
+        out=node.outputs[0].name,
+        depth=int(weight.shape[1]),
+        width=int(node.outputs[0].shape[1]),
+        weight_dtype=np.dtype(weights[weight.name].dtype).name,
+        gate=node.attrs["gate"],
+        bias=None if bias is None else bias.name,
+        add=None if add is None else add.name,
+    )
 
 
 def _attend(piece: Piece, views: list[View], tables: _Tables) -> Attend:

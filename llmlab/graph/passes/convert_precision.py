@@ -56,7 +56,7 @@ class ConvertPrecision(Pass):
         surgeon = sort_nodes(edit.surgeon)
         live = [n for n in surgeon.nodes if not all(constant_expression(t) for t in n.inputs) or not n.inputs]
         wide = _wide_before(edit, live)
-        types = _Types(edit, self.dtype, self.check_weights)
+        types = TensorTypes(edit, self.dtype, self.check_weights)
         for tensor in surgeon.inputs:
             if _is_wide(tensor):
                 tensor.dtype = self.dtype
@@ -68,7 +68,7 @@ class ConvertPrecision(Pass):
                 surgeon.outputs[i] = types.cast(tensor, WIDE)
                 surgeon.outputs[i].name = name
 
-    def _convert(self, node: gs.Node, wide: bool, types: _Types) -> None:
+    def _convert(self, node: gs.Node, wide: bool, types: TensorTypes) -> None:
         if any(isinstance(v, gs.Graph) for v in node.attrs.values()):
             raise UnsupportedModelError(f"{node.name}: {node.op} has a graph inside; only plain nodes can be converted")
         if node.op == "Cast" and not _is_float(node.inputs[0]):
@@ -103,7 +103,7 @@ def computes_wide(graph: Graph, dtype: np.dtype) -> set[str]:
     return wide & named
 
 
-class _Types:
+class TensorTypes:
     """Every tensor in each type once: a Cast behind a variable, another constant in place of a constant."""
 
     def __init__(self, edit: Editor, narrow: np.dtype, check_weights: bool) -> None:

@@ -88,7 +88,7 @@ def write_onnx(
             swap(constant, External(weights, file.tell(), stored.nbytes, np.dtype(before.dtype), tuple(before.shape)))
             file.write(stored.data)
             del stored
-            _release(before)
+            release(before)
         proto = gs.export_onnx(graph, do_type_check=False, ir_version=11)
     (folder / model).write_bytes(proto.SerializeToString())
 
@@ -101,12 +101,12 @@ def _stored(values: np.ndarray | LazyValues) -> np.ndarray:
     return pack(flat) if is_packed(flat.dtype) else flat.view(np.uint8)
 
 
-def _release(values: object) -> None:
+def release(values: object) -> None:
     """Give the pages of read-only maps back to the system: they would count as this process's memory, and once written
     are not needed again."""
     if isinstance(values, DeferredValues):
         for source in values.sources:
-            _release(source)
+            release(source)
     while isinstance(values, np.ndarray):
         if isinstance(values, np.memmap) and values.mode == "r" and isinstance(values.base, mmap.mmap):
             values.base.madvise(mmap.MADV_DONTNEED)

@@ -16,7 +16,7 @@ POOL = "kv_cache."
 
 @dataclass(frozen=True)
 class Bindings:
-    """Of the program's tensors, the step's inputs and the KV pools. Addresses stay for as long as the backend is open."""
+    """Of the program's tensors and weights, the step's inputs and the KV pools. Addresses stay for as long as the backend is open."""
 
     program: Program
     addresses: Mapping[str, int]
@@ -31,6 +31,8 @@ class Bindings:
             spec = self.program.tensors[name]
             rows = step.tokens if spec.rows == "T" else step.rows
             return (rows, spec.width) if spec.width else (rows,)
+        if name in self.program.weights:
+            return self.program.weights[name].shape
         if name.startswith(POOL):
             heads, dim = self.kv.layers[int(name.removeprefix(POOL).removesuffix(UPDATED))]
             return (2, self.num_blocks, heads, self.kv.capacity, dim)
@@ -44,6 +46,8 @@ class Bindings:
     def dtype(self, name: str) -> str:
         if name in self.program.tensors:
             return self.program.tensors[name].dtype
+        if name in self.program.weights:
+            return self.program.weights[name].dtype
         if name.startswith(POOL):
             return self.kv.dtype
         return "int64" if name == "slots" else "int32"

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from llmlab.files import plain_name
 from llmlab.kernels.gpu.geometry import QUANTIZED_POOLS
 from llmlab.runtime.backends.tensorrt.bindings import POOL, UPDATED
+from llmlab.runtime.backends.tensorrt.check_product import check_multiply
 from llmlab.runtime.backends.tensorrt.memory import ITEM_BYTES, lifetimes
 from llmlab.runtime.manifest import Manifest
-from llmlab.runtime.program import Attend, Program, RunPlan, TensorSpec, View
+from llmlab.runtime.program import Attend, Multiply, Program, RunPlan, TensorSpec, View
 
 _STEP = ("input_ids", "position_ids", "query_start", "kv_len", "block_table", "logits_index", "slots")
 _SCALES = {"k_scale", "v_scale"}
@@ -28,15 +29,22 @@ def check_program(program: Program, manifest: Manifest) -> None:
             raise ValueError(f"{name} is {spec}, which is no tensor")
     if program.tensors.get("logits", TensorSpec("", 0)).dtype != "float32":
         raise ValueError("logits are not float32")
+    for name, weight in program.weights.items():
+        whole = all(type(n) is int and 1 <= n <= _MOST for n in weight.shape)
+        if not whole or weight.dtype not in ITEM_BYTES or name in program.tensors:
+            raise ValueError(f"{name} is {weight}, which is no weight")
     pools = {f"{POOL}{i}" for i in range(len(manifest.kv.layers))}
     known = {*program.tensors, *_STEP, *pools, *(f"{pool}{UPDATED}" for pool in pools)}
     for step in program.steps:
         if isinstance(step, Attend):
             _check_attend(step, program, manifest)
             continue
+        if isinstance(step, Multiply):
+            check_multiply(step, program)
+            continue
         _check_plan(step, manifest)
         for name in (*step.inputs.values(), *step.outputs.values()):
-            if name not in known:
+            if name not in known and not (name in program.weights and name not in step.outputs.values()):
                 raise ValueError(f"{step.name or step.plan} binds {name}, which is not there")
     lifetimes(program)
 

@@ -9,7 +9,8 @@ from llmlab.runtime.backends.tensorrt.attention import AttentionLayers
 from llmlab.runtime.backends.tensorrt.bindings import Bindings
 from llmlab.runtime.backends.tensorrt.buckets import StepShape
 from llmlab.runtime.backends.tensorrt.parts import Part
-from llmlab.runtime.program import Program
+from llmlab.runtime.backends.tensorrt.products import ProductLayers
+from llmlab.runtime.program import Multiply, Program
 
 
 class Executor:
@@ -20,6 +21,7 @@ class Executor:
         program: Program,
         parts: Mapping[int, Part],
         attention: AttentionLayers,
+        products: ProductLayers,
         bindings: Bindings,
         stream: Stream,
         buffers: Sequence[DeviceBuffer],
@@ -28,6 +30,7 @@ class Executor:
         self.program = program
         self._parts = parts
         self._attention = attention
+        self._products = products
         self._bindings = bindings
         self._stream = stream
         self._buffers = buffers
@@ -51,11 +54,13 @@ class Executor:
             self.graphs[shape] = graph
 
     def enqueue(self, shape: StepShape, after: Callable[[int], object] | None = None) -> None:
-        """Part by part. `after` is told the number of each step of the program once it is in the stream."""
+        """One after another. `after` is told the number of each step of the program once it is in the stream."""
         self._attention.locate(shape, self._stream)
-        for at in range(len(self.program.steps)):
+        for at, step in enumerate(self.program.steps):
             if at in self._parts:
                 self._parts[at].enqueue(shape, self._bindings, self._stream)
+            elif isinstance(step, Multiply):
+                self._products.enqueue(at, shape, self._stream)
             else:
                 self._attention.enqueue(at, shape, self._stream)
             if after is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llmlab.cuda import Device, DeviceBuffer
 from llmlab.errors import EngineError, InputError
 from llmlab.runtime.manifest import KVLayout
-from llmlab.runtime.program import Attend, Program, TensorSpec
+from llmlab.runtime.program import Attend, Multiply, Program, Step, TensorSpec
 
 ALIGN = 256
 """Bytes; what TensorRT asks of an address, and more than the kernels do."""
@@ -29,15 +29,21 @@ def tensor_bytes(spec: TensorSpec, tokens: int, rows: int) -> int:
     return (tokens if spec.rows == "T" else rows) * max(1, spec.width) * ITEM_BYTES[spec.dtype]
 
 
+def touched(step: Step) -> tuple[list[str], list[str]]:
+    """Names of the tensors that a step reads, and of those that it makes."""
+    if isinstance(step, Attend):
+        return [step.q.tensor, step.k.tensor, step.v.tensor], [step.out]
+    if isinstance(step, Multiply):
+        return [step.x.tensor, *([] if step.add is None else [step.add])], [step.out]
+    return list(step.inputs.values()), list(step.outputs.values())
+
+
 def lifetimes(program: Program) -> dict[str, Span]:
     """From the step that makes a tensor to the last one that reads it; `logits` outlive all. EngineError for a program that
     reads what nothing made, or makes something twice: it was altered."""
     spans: dict[str, Span] = {}
     for at, step in enumerate(program.steps):
-        if isinstance(step, Attend):
-            read, made = [step.q.tensor, step.k.tensor, step.v.tensor], [step.out]
-        else:
-            read, made = list(step.inputs.values()), list(step.outputs.values())
+        read, made = touched(step)
         for name in (n for n in read if n in program.tensors):
             if name not in spans:
                 raise EngineError(f"the program reads {name} in step {at} ({step.name}) before anything made it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +20,10 @@ from llmlab.runtime.backends.tensorrt.check import check_program, check_tables
 from llmlab.runtime.backends.tensorrt.executor import Executor
 from llmlab.runtime.backends.tensorrt.memory import Activations, KVPool, pool_blocks
 from llmlab.runtime.backends.tensorrt.parts import Part
+from llmlab.runtime.backends.tensorrt.products import ProductLayers
 from llmlab.runtime.backends.tensorrt.staging import Staging
 from llmlab.runtime.backends.tensorrt.tokens import Tokens
+from llmlab.runtime.backends.tensorrt.weights import Weights, find_weights
 from llmlab.runtime.batch import EngineLimits
 from llmlab.runtime.manifest import PROGRAM, TABLES, Compiled, Manifest
 from llmlab.runtime.program import Program, RunPlan
@@ -54,11 +57,13 @@ def open_backend(
     vocab = program.tensors["logits"].width
 
     stream = Stream()
+    weights = Weights.load(find_weights(folder, program, manifest), stream)
     parts = load_parts(folder, manifest, library, program, kernels, device)
     scratch = DeviceBuffer(max((part.scratch_bytes for part in parts.values()), default=0), "what TensorRT computes in")
     activations = Activations.allocate(program, *sizes)
     staging = Staging(*sizes, blocks_a_sequence)
     attention = AttentionLayers(program, manifest.kv, tables, kernels, device, sizes)
+    products = ProductLayers(program, kernels, device)
     tokens = Tokens(kernels, device, vocab, compiled.max_batch)
     most = min(part.most_blocks for part in parts.values())
     wanted = 2 * max_num_seqs * blocks_a_sequence
@@ -67,6 +72,7 @@ def open_backend(
         pool_blocks(manifest.kv, device, wanted, most, kv_blocks=kv_blocks, kv_memory_fraction=kv_memory_fraction),
     )
     addresses = {
+        **weights.addresses,
         **activations.addresses,
         **staging.addresses,
         "slots": attention.slots,
@@ -74,11 +80,13 @@ def open_backend(
     }
     bindings = Bindings(program, addresses, manifest.kv, pool.num_blocks)
     attention.bind(addresses, pool.num_blocks)
+    products.bind(addresses)
     tokens.bind(staging.addresses, addresses["logits"])
     for part in parts.values():
         part.bind(bindings, scratch, stream)
     stream.synchronize()
-    executor = Executor(program, parts, attention, bindings, stream, (activations.buffer, scratch))
+    buffers = (weights.buffer, activations.buffer, scratch)
+    executor = Executor(program, parts, attention, products, bindings, stream, buffers)
     return TensorRTBackend(
         device=device,
         stream=stream,
@@ -135,7 +143,7 @@ def _read_tables(folder: Path, manifest: Manifest) -> Tables:
 def load_parts(
     folder: Path, manifest: Manifest, library: Library, program: Program, kernels: KernelSet, device: Device
 ) -> dict[int, Part]:
-    """By their place in the program. A plan's bytes are read, loaded and let go before the next."""
+    """By their place in the program. A plan's bytes are read, loaded and let go before the next, once for all that run it."""
     plans = {at: step for at, step in enumerate(program.steps) if isinstance(step, RunPlan)}
     reporting: Callable[[], AbstractContextManager[None]] = nullcontext
     with ExitStack() as held:
@@ -146,10 +154,11 @@ def load_parts(
             reporting = host.reporting
             held.enter_context(reporting())
             held.enter_context(host.launching(kernels, device))
+        files = dict.fromkeys(step.plan for step in plans.values())
+        engines = {file: library.load(_read(folder, file, manifest), str(folder / file)) for file in files}
+        contexts: dict[str, dict[int, Any]] = {file: {} for file in files}
         return {
-            at: Part(
-                library, library.load(_read(folder, step.plan, manifest), str(folder / step.plan)), step, reporting
-            )
+            at: Part(library, engines[step.plan], step, program.weights, reporting, contexts[step.plan])
             for at, step in plans.items()
         }
 

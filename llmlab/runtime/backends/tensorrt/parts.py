@@ -1,8 +1,9 @@
-"""Compiled parts: an engine each, a context for each of its optimization profiles, one block of scratch memory for all."""
+"""Compiled parts: a context for each optimization profile, one block of scratch memory for all. Those that run the same plan
+share its engine and contexts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,12 +29,20 @@ Range = tuple[Sequence[int], Sequence[int]]
 
 
 class Part:
-    """One compiled part. Its tensors stay where they are, so only shapes are told anew, and only when they change."""
+    """One compiled part. A context is told addresses and shapes anew only when they change."""
 
     def __init__(
-        self, library: Library, engine: Any, step: RunPlan, reporting: Callable[[], AbstractContextManager[None]]
+        self,
+        library: Library,
+        engine: Any,
+        step: RunPlan,
+        weights: Collection[str],
+        reporting: Callable[[], AbstractContextManager[None]],
+        contexts: dict[int, _Context],
     ) -> None:
-        """reporting: what raises at its end an error that happened inside a plugin.
+        """weights: names of tensors whose shape is always the same. reporting: what raises at its end an error that happened
+        inside a plugin. contexts: of the engine, by profile, which all parts that share the engine fill and use: TensorRT 8.6
+        has one context a profile.
 
         Raises EngineError where the engine's inputs and outputs are not those of the program.
         """
@@ -42,6 +51,7 @@ class Part:
         self._library = library
         self._engine = engine
         self._names = {**step.inputs, **step.outputs}
+        self._sized = {name: tensor for name, tensor in step.inputs.items() if tensor not in weights}
         found = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         if found != set(self._names):
             odd = ", ".join(sorted(found ^ set(self._names)))
@@ -49,9 +59,9 @@ class Part:
                 f"{step.plan}: its inputs and outputs are not the program's ({odd}): build the engine again"
             )
         self._profiles = [
-            {name: self._range(name, p) for name in step.inputs} for p in range(engine.num_optimization_profiles)
+            {name: self._range(name, p) for name in self._sized} for p in range(engine.num_optimization_profiles)
         ]
-        self._contexts: dict[int, _Context] = {}
+        self._contexts = contexts
 
     @property
     def scratch_bytes(self) -> int:
@@ -61,9 +71,7 @@ class Part:
     @property
     def most_blocks(self) -> int:
         """KV blocks that it was built for, at most; attention between the parts takes any number."""
-        pools = [
-            r[n][1][1] for r in self._profiles for n, tensor in self.step.inputs.items() if tensor.startswith(POOL)
-        ]
+        pools = [r[n][1][1] for r in self._profiles for n, tensor in self._sized.items() if tensor.startswith(POOL)]
         return min(pools, default=MOST_BLOCKS)
 
     def bind(self, bindings: Bindings, scratch: DeviceBuffer, stream: Stream) -> None:
@@ -74,23 +82,22 @@ class Part:
                 raise EngineError(
                     f"{self.step.plan}: {name} is {dtype}, the program says {bindings.dtype(tensor)}: build the engine again"
                 )
-        addresses = {name: bindings.address(tensor) for name, tensor in self._names.items()}
+        self._addresses = {name: bindings.address(tensor) for name, tensor in self._names.items()}
         for number in range(len(self._profiles)):
+            if number in self._contexts:
+                continue
             context = self._library.context(self._engine)
             if not context.set_optimization_profile_async(number, int(stream)):
                 raise EngineError(f"{self.step.plan}: profile {number} can't be chosen: {self._library.heard.text}")
             self._library.set_memory(context, scratch.pointer, scratch.nbytes)
-            for name, address in addresses.items():
-                if not context.set_tensor_address(name, address):
-                    raise EngineError(f"{self.step.plan}: {name} can't be bound: {self._library.heard.text}")
-            self._contexts[number] = _Context(context, bindings, self.step.inputs)
+            self._contexts[number] = _Context(context, bindings)
 
     def enqueue(self, shape: StepShape, bindings: Bindings, stream: Stream) -> None:
         """Run on inputs of a step's shape, in the stream's order. Raises EngineError where TensorRT refuses."""
         context = self._contexts[self._profile(shape, bindings)]
         self._library.heard.clear()
         with self._reporting():
-            done = context.take(shape) and context.run(int(stream))
+            done = context.take(self._addresses, self._sized, shape) and context.run(int(stream))
         if not done:
             raise EngineError(
                 f"{self.step.name or self.step.plan} failed in a step of {shape.tokens} tokens: "
@@ -99,7 +106,7 @@ class Part:
 
     def _profile(self, shape: StepShape, bindings: Bindings) -> int:
         """The first profile that has room for the shape: those of a single size come first."""
-        wanted = {name: bindings.shape(tensor, shape) for name, tensor in self.step.inputs.items()}
+        wanted = {name: bindings.shape(tensor, shape) for name, tensor in self._sized.items()}
         for number, ranges in enumerate(self._profiles):
             if all(_within(size, ranges[name]) for name, size in wanted.items()):
                 return number
@@ -111,19 +118,25 @@ class Part:
 
 
 class _Context:
-    """An execution context and the shape that it was told last."""
+    """An execution context, and the addresses and the shape that it was told last."""
 
-    def __init__(self, context: Any, bindings: Bindings, inputs: Mapping[str, str]) -> None:
+    def __init__(self, context: Any, bindings: Bindings) -> None:
         self._context = context
         self._bindings = bindings
-        self._inputs = inputs
+        self._addresses: Mapping[str, int] | None = None
         self._shape: StepShape | None = None
 
-    def take(self, shape: StepShape) -> bool:
+    def take(self, addresses: Mapping[str, int], sized: Mapping[str, str], shape: StepShape) -> bool:
+        """Tell it what to read and write, as far as that changed. sized: inputs of this step's size, and their tensors."""
+        if addresses is not self._addresses:
+            self._addresses = None
+            if not all(self._context.set_tensor_address(name, address) for name, address in addresses.items()):
+                return False
+            self._addresses = addresses
         if shape == self._shape:
             return True
         self._shape = None
-        for name, tensor in self._inputs.items():
+        for name, tensor in sized.items():
             if not self._context.set_input_shape(name, self._bindings.shape(tensor, shape)):
                 return False
         self._shape = shape

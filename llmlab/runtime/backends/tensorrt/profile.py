@@ -11,7 +11,9 @@ from llmlab.errors import InputError
 from llmlab.runtime.backends.tensorrt.buckets import StepShape
 from llmlab.runtime.backends.tensorrt.executor import Executor
 from llmlab.runtime.batch import EngineLimits, StepBatch
-from llmlab.runtime.program import RunPlan
+from llmlab.runtime.program import Attend, Multiply, RunPlan
+
+_KINDS = {RunPlan: "part", Attend: "attention", Multiply: "product"}
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class StepTime:
 
     name: str
     kind: str
-    """`part` or `attention`."""
+    """`part`, `attention` or `product`."""
     ms: float
 
 
@@ -78,7 +80,7 @@ def measure(executor: Executor, shape: StepShape, stream: Stream, repeats: int) 
         events[1].record(stream)
         stream.synchronize()
         whole[run] = events[1].elapsed_ms(events[0])
-    kinds = ("part" if isinstance(step, RunPlan) else "attention" for step in steps)
+    kinds = (_KINDS[type(step)] for step in steps)
     medians = np.median(times, axis=0)
     found = (StepTime(s.name, kind, float(ms)) for s, kind, ms in zip(steps, kinds, medians, strict=True))
     return StepProfile(shape, float(np.median(whole)), float(np.median(eager)), tuple(found))
