@@ -22,8 +22,9 @@ from typing import Any
 import llmlab
 from llmlab.errors import EngineError, InputError, require
 from llmlab.kernels.binaries import Kernel, KernelSet
-from llmlab.kernels.gpu import geometry, launch_product
+from llmlab.kernels.gpu import geometry, launch_norm, launch_product
 from llmlab.kernels.gpu.geometry import AttentionVariant, Launch, SamplingGrid
+from llmlab.kernels.gpu.launch_norm import NormKind
 from llmlab.kernels.gpu.launch_product import ProductKind
 
 SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, 121: 99}
@@ -190,6 +191,21 @@ def product_source(kind: ProductKind, name: str, launch: Launch) -> KernelSource
     hints = (*aligned, "width") if labels["ALIGNED_WIDTH"] else aligned
     function = f"llmlab.kernels.gpu.product:{name}"
     return KernelSource(function, types, launch.constants, launch.options, null, hints, labels)
+
+
+def norm_source(kind: NormKind) -> KernelSource:
+    """The kernel of one RMS norm, shared by others of its width."""
+    launch = launch_norm.launch(kind, 1)
+    types = {
+        "out": _TRITON_TYPES[kind.out_dtype],
+        "x": _TRITON_TYPES[kind.dtype],
+        "weight": _TRITON_TYPES[kind.weight_dtype],
+        "epsilon": "fp32",
+        **dict.fromkeys(("width", "x_stride"), "i32"),
+    }
+    aligned = ("out", "x", "weight", "width", "x_stride")
+    function = "llmlab.kernels.gpu.norm:rms_norm"
+    return KernelSource(function, types, launch.constants, launch.options, aligned=aligned, labels=kind.labels)
 
 
 def compile_kernels(
