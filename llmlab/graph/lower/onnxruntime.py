@@ -31,7 +31,8 @@ LOWERED_INPUTS = (
 
 
 def lower(graph: Graph, capacity: int) -> Graph:
-    """The serving graph rewritten for ONNX Runtime's CPU and slots of `capacity` tokens; the given graph is not changed.
+    """The serving graph, or a piece of it, rewritten for ONNX Runtime's CPU and slots of `capacity` tokens; the given graph
+    is not changed.
 
     Attention runs over R slots of up to S new tokens each, so its inputs are unpacked and its result packed again:
     `unpack_index` i64 [R, S] (row of the step that lies there; any where none does), `pack_index` i64 [T] (row · S +
@@ -42,17 +43,20 @@ def lower(graph: Graph, capacity: int) -> Graph:
     result = graph.copy()
     edit = Editor(result)
     surgeon = edit.surgeon
-    named = {t.name: t for t in surgeon.inputs}
+    attention = [n for n in surgeon.nodes if n.op == "PagedAttention"]
+    replaced = {id(t) for n in attention for t in n.inputs[3:7]}  # pools, query_start, kv_len, block_table
+    updated = {id(n.outputs[1]) for n in attention}
     indices = {
         "unpack_index": gs.Variable("unpack_index", _INT64, ["R", "S"]),
         "pack_index": gs.Variable("pack_index", _INT64, ["T"]),
         "seqlens_k": gs.Variable("seqlens_k", _INT32, ["R"]),
         "query_seqlens": gs.Variable("query_seqlens", _INT32, ["R"]),
     }
-    surgeon.inputs = [named["input_ids"], named["position_ids"], named["logits_index"], *indices.values()]
-    surgeon.outputs = [t for t in surgeon.outputs if t.name == "logits"]
-    attention = [n for n in surgeon.nodes if n.op == "PagedAttention"]
-    lowering = AttentionLowering(edit, indices | {"position_ids": named["position_ids"]}, capacity)
+    surgeon.inputs = [t for t in surgeon.inputs if id(t) not in replaced]
+    surgeon.inputs += indices.values() if attention else ()
+    surgeon.outputs = [t for t in surgeon.outputs if id(t) not in updated]
+    positions = {t.name: t for t in surgeon.inputs if t.name == "position_ids"}
+    lowering = AttentionLowering(edit, indices | positions, capacity)
     packed = [lowering.packed_qkv(node) for node in attention]
     for layer, (node, qkv) in enumerate(zip(attention, packed, strict=True)):
         lowering.lower(node, qkv, layer)
@@ -62,8 +66,7 @@ def lower(graph: Graph, capacity: int) -> Graph:
     lower_products(edit)
     lower_experts(edit)
     sort_nodes(surgeon.cleanup())
-    if not named["position_ids"].outputs:
-        surgeon.inputs = [t for t in surgeon.inputs if t.name != "position_ids"]
+    surgeon.inputs = [t for t in surgeon.inputs if t.outputs or t.name != "position_ids"]
     record_implementation(surgeon, "onnx")
     defer_weights(surgeon)
     sort_nodes(surgeon)
