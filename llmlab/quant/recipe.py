@@ -62,6 +62,7 @@ class Activations:
     per: str = "tensor"
     dynamic: bool = False
     smooth: float | None = None
+    scale: str = "absmax"
 
     def __post_init__(self) -> None:
         _one_of("activations.dtype", self.dtype, ("int8", "fp8"))
