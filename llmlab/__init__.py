@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from llmlab.graph.reports.diff import diff as diff
     from llmlab.graph.rewrite import Match as Match
     from llmlab.graph.rewrite import Pass as Pass
+    from llmlab.quant.quantize import quantize as quantize
+    from llmlab.quant.recipe import Recipe as Recipe
     from llmlab.runtime.async_llm import AsyncLLM as AsyncLLM
     from llmlab.runtime.engine import Engine as Engine
     from llmlab.runtime.llm import LLM as LLM
@@ -47,6 +49,8 @@ _HOME = {
     "optimize": "llmlab.graph.optimize",
     "cut": "llmlab.graph.cut",
     "convert": "llmlab.graph.convert",
+    "quantize": "llmlab.quant.quantize",
+    "Recipe": "llmlab.quant.recipe",
     "build": "llmlab.build",
     "BuildConfig": "llmlab.tensorrt.config",
     "Graph": "llmlab.graph.graph",
@@ -72,6 +76,8 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "export",
     "optimize",
     "convert",
+    "quantize",
+    "Recipe",
     "cut",
     "build",
     "BuildConfig",

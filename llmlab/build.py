@@ -111,6 +111,7 @@ def _write(
         generation=generation_config(graph.assets),
         passes=tuple((r.name, r.rewrites) for r in graph.history),
         compiled=compiled,
+        recipe=graph.recipe,
     )
     with atomic_folder(path, overwrite=overwrite, marker=MANIFEST) as work:
         write(work)

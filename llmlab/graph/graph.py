@@ -18,6 +18,7 @@ from llmlab.config import ModelConfig
 from llmlab.errors import GraphError
 from llmlab.files import atomic_folder, read_bytes, read_json, refuse_links, write_json
 from llmlab.graph.reports.diff import GraphDiff, diff
+from llmlab.graph.reports.quantization import QuantizationReport, read_report
 from llmlab.graph.reports.report import History, PassReport
 from llmlab.graph.reports.tables import NodeTable
 from llmlab.graph.reports.why import Why, why
@@ -83,6 +84,12 @@ class Graph:
     def activations(self) -> str:
         """The type that a serving graph's attention computes in: float32, float16 or bfloat16."""
         return next(np.dtype(n.outputs[0].dtype).name for n in self.surgeon.nodes if n.op == "PagedAttention")
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What `llmlab.quantize` was told, as plain data; empty for a graph that isn't quantized."""
+        told = [report.recipe for report in self.history if isinstance(report, QuantizationReport)]
+        return {key: value for recipe in told for key, value in recipe.items()}
 
     def copy(self) -> Graph:
         """A graph that can be rewritten without touching this one; weights are shared."""
@@ -159,7 +166,7 @@ class Graph:
             raise GraphError(f"{folder}: graph format {version!r}, this llmlab reads {FORMAT}: export it again")
         config = ModelConfig.from_hf(manifest.get("config", {}), where=str(where))
         try:
-            history = [PassReport.from_dict(entry) for entry in manifest.get("history", ())]
+            history = [read_report(entry) for entry in manifest.get("history", ())]
         except (TypeError, KeyError, ValueError, AttributeError) as problem:
             raise GraphError(f"{where}: its history is malformed: altered, export it again") from problem
         assets = {n: read_bytes(folder / n, GraphError) for n in ASSETS if (folder / n).is_file()}

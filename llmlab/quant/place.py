@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -135,14 +136,18 @@ def _token_scales(edit: Editor, where: str, x: gs.Tensor, high: int) -> gs.Tenso
     return edit.add("Max", where, [step, number("least", least)], dtype=dtype, shape=shape[:-1])
 
 
-def take_apart(edit: Editor, node: gs.Node) -> None:
-    """A merged product → one for each of its weights, their results side by side: for activations that are rounded differently."""
+def take_apart(edit: Editor, node: gs.Node, names: Sequence[str]) -> None:
+    """A merged product → one for each of its weights, in modules of these names, and their results side by side: for activations that
+    are rounded differently."""
     layer = linear(node)
     join = producer(layer.weight, "Concat") if layer is not None else None
     if layer is None or join is None:
         raise InputError(f"{node.name} is not a merged product")
     where, x, out = scope(node), node.inputs[0], node.outputs[0]
-    parts = [product(edit, where, x, [weight], [], layer.transposed, out.dtype) for weight in join.inputs]
+    parts = [
+        product(edit, name, x, [weight], [], layer.transposed, out.dtype)
+        for name, weight in zip(names, join.inputs, strict=True)
+    ]
     whole = edit.add("Concat", where, parts, {"axis": -1}, dtype=out.dtype, shape=out.shape)
     edit.replace(out, whole)
     node.outputs.clear()

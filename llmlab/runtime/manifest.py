@@ -103,6 +103,8 @@ class Manifest:
     """The model's generation_config.json."""
     passes: tuple[tuple[str, int], ...] = ()
     """Passes that made the graph, in order, with the number of rewrites of each."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """How it was quantized, as `llmlab.Recipe.parse` takes it; empty: not at all."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Size in bytes and sha256 of every other file."""
     compiled: Compiled | None = None
@@ -158,6 +160,7 @@ class Manifest:
                 eos_token_ids=tuple(_count(i, 0) for i in data["eos_token_ids"]),
                 generation=dict(data["generation"]),
                 passes=tuple((str(n), int(c)) for n, c in data["passes"]),
+                recipe=dict(data.get("recipe", {})),  # engines had none before there were recipes
                 files={
                     str(n): {"size": _count(f["size"], 0), "sha256": str(f["sha256"])} for n, f in data["files"].items()
                 },

@@ -14,6 +14,7 @@ from llmlab.graph.lower.gated import expand_gated
 from llmlab.graph.lower.onnxruntime_attention import AttentionLowering
 from llmlab.graph.lower.onnxruntime_moe import lower_experts
 from llmlab.graph.lower.onnxruntime_products import lower_products, split_products
+from llmlab.graph.lower.onnxruntime_quantized import join_quantized
 from llmlab.graph.lower.weights import defer_weights
 from llmlab.graph.operators.functions import record_implementation
 
@@ -63,6 +64,7 @@ def lower(graph: Graph, capacity: int) -> Graph:
     expand_gated(edit)
     sort_nodes(surgeon.cleanup())
     split_products(edit, {id(producer(qkv)) for qkv in packed if qkv is not None})
+    join_quantized(edit)
     lower_products(edit)
     lower_experts(edit)
     sort_nodes(surgeon.cleanup())

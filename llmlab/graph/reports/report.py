@@ -73,6 +73,10 @@ class PassReport:
         """The name, with the number of the run from the second on: `remove_no_ops #2`."""
         return self.name if self.run == 1 else f"{self.name} #{self.run}"
 
+    def details(self) -> str:
+        """What there is to say beyond places and near misses, as HTML."""
+        return ""
+
     def folded_places(self) -> list[Folded]:
         """(node, nodes that went, nodes that came) of the rewrites, layers that are alike as one."""
         return fold((p.node, ", ".join(p.removed), ", ".join(p.added)) for p in self.places)
@@ -183,6 +187,7 @@ def _report_cells(report: PassReport) -> list[str]:
         f"<b>{html.escape(report.title)}</b><br><small>{html.escape(report.summary)}</small>"
         + details(_count(len(report.near_misses), "near miss", "near misses"), misses)
         + details(f"{_count(report.rewrites, 'rewrite', 'rewrites')} ({report.source or 'no source file'})", places)
+        + details("each of them", [report.details()] if report.details() else [])
     )
     rewritten, nodes, weights, seconds = _numbers(report)
     return [what, rewritten, nodes, f"<small>{html.escape(operators)}</small>", weights, seconds]
