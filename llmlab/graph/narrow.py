@@ -23,6 +23,19 @@ class Narrowed(DeferredValues):
         return loaded(self.sources[0]).astype(self.dtype)
 
 
+class NarrowedScale(Narrowed):
+    """Scales rounded to another type of floats; none becomes zero or infinite."""
+
+    def load(self) -> np.ndarray:
+        return narrow_scale(loaded(self.sources[0]), self.dtype)
+
+
+def narrow_scale(scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Positive scales in `dtype`; what is too small or too large for it becomes its least or largest number."""
+    limits = ml_dtypes.finfo(dtype)
+    return np.clip(scale, float(limits.smallest_subnormal), float(limits.max)).astype(dtype)
+
+
 def survives(constant: np.ndarray | None, dtype: np.dtype) -> bool:
     """Whether no number of `constant` becomes infinite or zero in `dtype` (True where there is none)."""
     if constant is None or constant.dtype.name not in ("float32", "bfloat16", "float16"):

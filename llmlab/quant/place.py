@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from llmlab.errors import InputError
 from llmlab.graph.edit import Editor, producer, scope
 from llmlab.graph.linear import linear, product
+from llmlab.graph.narrow import narrow_scale
 from llmlab.graph.quantized import QuantizedWeight
 from llmlab.graph.store.deferred import DeferredValues, Packed
 from llmlab.graph.store.packed import is_packed
@@ -18,7 +19,7 @@ from llmlab.graph.store.storage import onnx_dtype
 from llmlab.quant.grid import FP8, Grid, Rounded
 from llmlab.quant.projections import Projection
 from llmlab.quant.recipe import Activations
-from llmlab.quant.rounding import Rounding, narrow_scale
+from llmlab.quant.rounding import Rounding
 
 _LEAST_SCALE = 1e-12
 """Of a token whose numbers are all zero."""

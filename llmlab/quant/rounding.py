@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.errors import InputError
 from llmlab.graph.lower.weights import Expression, can_evaluate
+from llmlab.graph.narrow import narrow_scale
 from llmlab.graph.store.storage import loaded
 from llmlab.quant.grid import Grid, Rounded
 from llmlab.quant.projections import Projection, rows_of
@@ -48,12 +48,6 @@ class Rounding:
 
     def _rows(self) -> np.ndarray:
         return rows_of(loaded(self.source), self._transposed)
-
-
-def narrow_scale(scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Scales in the type that a graph stores them in; what is too small or too large for it becomes its least or largest."""
-    limits = ml_dtypes.finfo(dtype)
-    return np.clip(scale, float(limits.smallest_subnormal), float(limits.max)).astype(dtype)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quantised import RECIPES, Recipe, quantise
+from quantised import RECIPES, Expected, quantise
 
 import llmlab as ll
 from llmlab.graph.graph import Graph
@@ -34,10 +34,12 @@ class Built:
 
 def lowered(graph: Graph, precision: str) -> tuple[Graph, int]:
     """The graph that TensorRT gets, and how many weights in it are quantised."""
-    half = ll.convert(graph, precision if precision == "bfloat16" else "float16")
+    half, count = ll.convert(graph, precision if precision == "bfloat16" else "float16"), 0
+    if precision in RECIPES:
+        half, count = quantise(half, RECIPES[precision].recipe)
     (part,) = lower(half, hosting="plugin", block_size=64).parts
     work: Any = part.graph  # type: ignore[union-attr]
-    return work, quantise(work, RECIPES[precision]) if precision in RECIPES else 0
+    return work, count
 
 
 def build(graph: Graph, precision: str, gpu: tuple[int, int], folder: Path) -> Built:
@@ -107,7 +109,7 @@ def check_products(listing: Listing, precision: str, quantised: int) -> None:
     assert not apart, "weights widened by a layer of their own"
 
 
-def _widens(layer: Layer, recipe: Recipe) -> bool:
+def _widens(layer: Layer, recipe: Expected) -> bool:
     """Whether a layer reads a quantised matrix and gives it in another type. (To look rows of one up is no harm.)"""
     shapes = [v.shape for v in layer.outputs if v.dtype != recipe.listed]
     matrices = (v.shape for v in layer.constants if v.dtype == recipe.listed and len(v.shape) == 2)

@@ -6,7 +6,6 @@ They are built and looked into, not run: no GPU that TensorRT-RTX builds for is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,11 @@ from plugin_engines import (
 )
 from quantised import RECIPES, quantise
 
+import llmlab as ll
 from llmlab.errors import EngineError
 from llmlab.graph.edit import Editor
 from llmlab.graph.graph import Graph
+from llmlab.graph.lower.tensorrt import lower
 
 # Every precision and every GPU, over models that differ in heads, windows, biases and norms.
 QUICK = [
@@ -79,16 +80,16 @@ Spoil = Callable[[Graph], object]
 
 
 def half_an_engine(store: Any, folder: Path, precision: str, spoil: Spoil) -> Built:
-    work, _ = lowered(store.serving("llama3"), "float16")
-    recipe = RECIPES[precision]
-    count = quantise(work, recipe)
+    work, count = lowered(store.serving("llama3"), precision)
     spoil(work)
     return Built(compile_graph(work, (8, 9), folder), 2, count)
 
 
 def test_activations_that_are_not_quantised_are_seen(store: Any, tmp_path: Path) -> None:
-    work, _ = lowered(store.serving("llama3"), "float16")
-    count = quantise(work, replace(RECIPES["int8"], activations=False))
+    weights_only = {**RECIPES["int8"].recipe, "base": "int8"}
+    graph, count = quantise(ll.convert(store.serving("llama3"), "float16"), weights_only)
+    (part,) = lower(graph, hosting="plugin", block_size=64).parts
+    work: Any = part.graph  # type: ignore[union-attr]
     listing = compile_graph(work, (8, 9), tmp_path)
     check_profiles(listing)
     check_plugins(listing, 2)

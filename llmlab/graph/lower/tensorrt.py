@@ -16,6 +16,7 @@ from llmlab.graph.lower.tensorrt_parts import Lowered
 from llmlab.graph.lower.tensorrt_piecewise import cut_at_kernels
 from llmlab.graph.lower.tensorrt_plugin import plugin_nodes
 from llmlab.graph.lower.tensorrt_products import mark_products
+from llmlab.graph.lower.tensorrt_quantized import quantized_products
 from llmlab.graph.lower.weights import defer_weights
 from llmlab.graph.operators.functions import inline_functions
 from llmlab.graph.passes.convert_precision import computes_wide
@@ -60,6 +61,7 @@ def lower(
         mark_products(edit, weak_type or graph.activations, weak_type is not None, wide)
     expand_gated(edit)
     expand_experts(edit, keep)
+    quantized_products(edit)
     int32_inputs(edit)
     legalise(edit, dialect, keep)
     defer_weights(work.surgeon)

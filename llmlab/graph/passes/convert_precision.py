@@ -11,7 +11,7 @@ from llmlab.errors import UnsupportedModelError
 from llmlab.graph.edit import Editor, constant_expression, operand, scope, sort_nodes, value
 from llmlab.graph.graph import Graph
 from llmlab.graph.linear import is_embedding
-from llmlab.graph.narrow import Narrowed, check_range, survives
+from llmlab.graph.narrow import Narrowed, NarrowedScale, check_range, survives
 from llmlab.graph.passes.drop_batch_axis import ELEMENTWISE
 from llmlab.graph.rewrite import Match, Pass
 from llmlab.graph.store.storage import onnx_dtype
@@ -35,6 +35,8 @@ _NARROW = frozenset(
         "RMSNormalization",
     )
 )
+QUANTIZED = frozenset(("QuantizeLinear", "DequantizeLinear"))
+"""Of an activation. They round in the type of their scale."""
 _WIDE_INPUTS = {"PagedAttention": (8, 9, 10, 11, 12, 13), "MixtureOfExperts": (2,)}
 
 
@@ -73,7 +75,9 @@ class ConvertPrecision(Pass):
             raise UnsupportedModelError(f"{node.name}: {node.op} has a graph inside; only plain nodes can be converted")
         if node.op == "Cast" and not _is_float(node.inputs[0]):
             return
-        if node.op in _NARROW and not wide:
+        if node.op in QUANTIZED and not isinstance(node.inputs[1], gs.Constant):
+            target = WIDE  # a scale that the step computes
+        elif node.op in _NARROW | QUANTIZED and not wide:
             target = self.dtype
         elif node.op == "Gather":
             narrow = is_embedding(node, types.hidden) or node.inputs[0].dtype == self.dtype
@@ -133,10 +137,16 @@ class TensorTypes:
         node = tensor.inputs[0]
         if node.op == "Cast" and _is_float(node.inputs[0]):
             return self.cast(node.inputs[0], self._narrow)
+        if node.op == "DequantizeLinear":
+            given = [t if t is None or not _is_float(t) else self._scale(t) for t in node.inputs]
+            return self._edit.add(node.op, scope(node), given, node.attrs, dtype=self._narrow, shape=tensor.shape)
         if node.op not in ("Concat", "Identity", "Reshape", "Transpose"):
             return self._cast(tensor, self._narrow)  # arithmetic: computed wide, then rounded once
         inputs = [self.cast(t, self._narrow) if _is_float(t) else t for t in node.inputs]
         return self._edit.add(node.op, scope(node), inputs, node.attrs, dtype=self._narrow, shape=tensor.shape)
+
+    def _scale(self, scale: gs.Tensor) -> gs.Tensor:
+        return gs.Constant(self._edit.name(f"{scale.name}.{self._narrow}"), NarrowedScale(scale, self._narrow))
 
 
 def _wide_before(edit: Editor, live: list[gs.Node]) -> set[int]:
