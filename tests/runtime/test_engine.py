@@ -257,11 +257,11 @@ def test_a_build_that_is_interrupted_leaves_nothing(
             raise stop
         return real(*args)
 
-    real = storage.array
+    real = storage.loaded
     if at == "manifest":
         monkeypatch.setattr(Manifest, "write", fail)
     else:
-        monkeypatch.setattr(storage, "array", fail)
+        monkeypatch.setattr(storage, "loaded", fail)
     with pytest.raises(stop):
         build(store.serving("llama"), path, overwrite=True)
     assert {p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()} == before
