@@ -75,6 +75,10 @@ Parts = tuple[KVLayout, str, Compiled | None, Callable[[Path], None]]
 def _onnxruntime(graph: Graph, limits: Limits) -> Parts:
     from llmlab.graph.lower.onnxruntime import cache_layout, lower
 
+    if graph.activations != "float32":
+        raise InputError(
+            f"the graph is in {graph.activations}, and target onnxruntime computes in float32: build from one that wasn't converted, or for {', '.join(t for t in TARGETS if t != 'onnxruntime')}"
+        )
     capacity = slot_capacity(limits)
     lowered = lower(graph, capacity)
     cache = cache_layout(graph, lowered)

@@ -105,14 +105,14 @@ def test_building_that_is_interrupted_leaves_nothing(
 ) -> None:
     """In the middle of the weights, and the graph is as it was."""
     graph, written = store.serving("llama"), iter(range(5))
-    load = storage.array
+    load = storage.loaded
 
-    def interrupted(constant: Any) -> np.ndarray:
+    def interrupted(values: Any) -> np.ndarray:
         if next(written, None) is None:
             raise stop
-        return load(constant)
+        return load(values)
 
-    monkeypatch.setattr(storage, "array", interrupted)
+    monkeypatch.setattr(storage, "loaded", interrupted)
     with pytest.raises(stop):
         build(graph, tmp_path / "e")
     assert list(tmp_path.iterdir()) == [] and graph.weight_bytes == store.serving("llama").weight_bytes

@@ -15,6 +15,7 @@ from llmlab.cli import options
 from llmlab.cli.compare import compare
 from llmlab.cli.inspect import inspect
 from llmlab.cli.one_line import OneLineErrors, leaving_at_once
+from llmlab.cli.quantize import quantize, serving_graph
 
 _EPILOG = """\
 **Examples**
@@ -117,6 +118,8 @@ def build(
     max_tokens_per_step: Annotated[
         int | None, typer.Option(min=1, help="Most tokens that one step works on.", show_default="256")
     ] = None,
+    quantize: options.Quantize = None,
+    calibration: options.Calibration = None,
     config: options.Config = None,
     weights_from: options.WeightsFrom = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -125,7 +128,8 @@ def build(
 ) -> None:
     """Build an engine: export, optimize and build in one go, or only what a graph folder still needs.
 
-    **Examples:** `llmlab build tinychat -o engines/tinychat`, `llmlab build graphs/serving -o engines/mine`
+    **Examples:** `llmlab build tinychat -o engines/tinychat`, `llmlab build graphs/serving -o engines/mine`,
+    `llmlab build tinychat --quantize int4_rtn -o engines/int4`
     """
     import llmlab as ll
     from llmlab.build import check_target
@@ -133,18 +137,19 @@ def build(
 
     show.check_output(output, force=force)
     check_target(target)
+    recipe = None if quantize is None else ll.Recipe.parse(quantize)
     with show.working("opening the source") as now:
-        graph = show.open_graph(source, weights_from)
-        if graph is None:
-            now(f"exporting {source}")
-            with leaving_at_once():
-                graph = ll.export(
-                    source, config=config, trust_remote_code=trust_remote_code, max_seq_len=max_seq_len, progress=False
-                )
-        if graph.kind == "plain":
-            now("optimizing the graph")
-            graph = ll.optimize(graph)
-        now(f"building for {target}")
+        graph = serving_graph(
+            source,
+            now,
+            config=config,
+            weights_from=weights_from,
+            trust_remote_code=trust_remote_code,
+            max_seq_len=max_seq_len,
+        )
+    if recipe is not None:
+        graph = ll.quantize(graph, recipe, calibration)
+    with show.working(f"building for {target}"):
         engine = ll.build(
             graph,
             output,
@@ -268,6 +273,7 @@ def bench(
     numbers.show(rows, str(engine) if shape is None else f"{shape} on {target}", as_json=as_json)
 
 
+app.command()(quantize)
 app.command()(compare)
 app.command()(inspect)
 

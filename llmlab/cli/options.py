@@ -20,6 +20,25 @@ WeightsFrom = Annotated[
         show_default="none",
     ),
 ]
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        help="How: int8, int4_rtn, int4_gptq, int4_awq, int8_dynamic, int8_smoothquant, fp8, fp16, kv_int8, …; several joined by `+`, or a `.yaml` file."
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize", metavar="RECIPE", help="Quantize it first, as `llmlab quantize` does.", show_default="no"
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="What the model is shown, where the recipe needs that: a `.jsonl` file of texts or chats, or `tinychat`.",
+        show_default="none",
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(help="For an `.onnx` file: its model's config.json.", show_default="the one beside it"),

@@ -164,6 +164,17 @@ def graph(found: Graph, folder: Path, *, as_json: bool) -> None:
     )
 
 
+def quantized(found: Graph, folder: Path, *, as_json: bool) -> None:
+    """What each projection got."""
+    report = found.history[-1]
+    if as_json:
+        _print_json({"kind": "quantization", "path": str(folder), **report.to_dict()})
+        return
+    console = Console()
+    console.print(report)
+    console.print(f"{found.weight_bytes / 1e6:.1f} MB of weights: {escape(str(folder))}")
+
+
 def checkpoint(found: Checkpoint, *, as_json: bool) -> None:
     """Its configuration and its tensors."""
     config = found.config
@@ -206,6 +217,7 @@ def engine(found: Engine, *, as_json: bool) -> None:
     facts = {
         "model": f"{config.model_type}, {config.num_layers} layers, vocabulary {config.vocab_size:,}",
         "target": f"{manifest.target}, {manifest.precision}",
+        **({"quantized": manifest.recipe.get("name") or "as its manifest says"} if manifest.recipe else {}),
         "limits": f"{manifest.limits.max_seq_len:,} tokens a sequence, {manifest.limits.max_tokens_per_step:,} a step",
         "KV cache": str(manifest.kv),
         "end of sequence": manifest.eos_token_ids or "none",

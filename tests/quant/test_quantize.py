@@ -212,3 +212,32 @@ def test_weights_that_are_no_numbers(store: Store, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"model.layers.1.mlp.up_proj: holds a NaN or an infinity"):
             write()
     assert list(tmp_path.iterdir()) == [], "nothing half-written"
+
+
+def test_the_command_line(store: Store, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from llmlab import cli
+
+    store.serving("llama")
+    runner, graph = CliRunner(), str(store.folder / "llama.serving")
+    done = runner.invoke(cli.app, ["quantize", graph, "int4_rtn_g16", "-o", str(tmp_path / "graph")])
+    assert done.exit_code == 0, done.output
+    assert "int4 g16 (rtn)" in done.stdout and "14 of 16 projections" in done.stdout.replace("\n", " ")
+    (tmp_path / "mine.yaml").write_text("base: int8\nlayers: {head: int8}\n")
+    given = ["quantize", graph, str(tmp_path / "mine.yaml"), "-o", str(tmp_path / "other"), "--json"]
+    data = json.loads(runner.invoke(cli.app, given).stdout)
+    assert [p["name"] for p in data["quantization"]["projections"] if not p["weights"]] == ["model.embed_tokens"]
+    built = runner.invoke(cli.app, ["build", graph, "--quantize", "int4_rtn_g16", "-o", str(tmp_path / "engine")])
+    assert built.exit_code == 0 and "int4_rtn_g16" in built.stdout, built.output
+    again = ll.build(Graph.load(tmp_path / "graph"), tmp_path / "same")
+    weights = [(path / "weights.bin").read_bytes() for path in (tmp_path / "engine", again.path)]
+    assert weights[0] == weights[1]
+    refused = runner.invoke(cli.app, ["quantize", graph, "int4_rtm", "-o", str(tmp_path / "none")])
+    assert refused.exit_code == 2 and "nearest: int4_rtn" in refused.stderr and not (tmp_path / "none").exists()
+
+
+def test_half_precision_is_for_other_targets(store: Store, tmp_path: Path) -> None:
+    graph = ll.quantize(store.serving("llama"), "int8+fp16")
+    with pytest.raises(InputError, match=r"float16.*onnxruntime.*float32.*tensorrt, tensorrt-rtx"):
+        ll.build(graph, tmp_path / "engine")
