@@ -108,7 +108,7 @@ def engine(graph: Graph, folder: Path, patch: pytest.MonkeyPatch) -> tuple[ll.En
     patch.setattr("llmlab.build_tensorrt.resolve", lambda kind: library)
     patch.setattr("llmlab.build_tensorrt.visible_gpu", lambda: gpu)
     patch.setattr("llmlab.build_tensorrt.PlanBuilder", FakeBuilder)
-    patch.setattr("llmlab.build_tensorrt.compile_kernels", compile_kernels)
+    patch.setattr("llmlab.program_tensorrt.compile_kernels", compile_kernels)
     patch.setattr("llmlab.runtime.backends.tensorrt.open.resolve", lambda kind: library)
     config = ll.BuildConfig(block_size=16, max_batch=4, max_tokens_per_step=40, compute_capabilities=((9, 0),))
     made = ll.build(graph, folder, target="tensorrt", config=config)
@@ -142,11 +142,11 @@ def test_an_engine_with_an_int8_pool_equals_the_reference(tmp_path: Path, monkey
 
 def altered(program: Program, tables: dict[str, str]) -> Program:
     given = [Attend(**{**vars(s), "tables": tables}) if isinstance(s, Attend) else s for s in program.steps]
-    return Program(program.tensors, tuple(given))
+    return Program(program.tensors, tuple(given), program.weights)
 
 
 def test_a_program_without_its_scales_is_not_believed() -> None:
-    from llmlab.build_tensorrt import to_program
+    from llmlab.program_tensorrt import to_program
 
     lowered = lower(quantized({}, "int8", "head"))
     program, kv = to_program(lowered), SimpleNamespace(dtype="int8", layers=((2, 16),))
