@@ -14,8 +14,8 @@ from typing import Any
 
 from llmlab.kernels import compile as compiling
 from llmlab.kernels.binaries import Kernel
-from llmlab.kernels.compile import KernelSource
 from llmlab.kernels.gpu.launch_product import ProductKind, Tile, Vector, row_class
+from llmlab.kernels.source import KernelSource
 
 VECTORS = sorted(
     product((1, 2, 4), (2, 4, 8, 1), (1, 2)), key=lambda cut: (cut[2], cut[0] * cut[1] > 16, cut[0] * cut[1] < 4)
@@ -26,12 +26,23 @@ FEW = [(16, 256, 4, 4), (32, 256, 4, 4), (32, 128, 4, 4), (16, 256, 4, 3), (32, 
        (32, 256, 8, 4), (64, 128, 4, 4), (16, 256, 2, 4), (32, 128, 2, 4), (16, 512, 4, 3), (64, 64, 4, 6)]  # fmt: skip
 FEW_SWAPPED = [(64, 128, 4, 4), (64, 64, 4, 6), (64, 128, 4, 3), (128, 64, 4, 4), (32, 256, 4, 4), (64, 256, 4, 3), (128, 128, 8, 3),
                (16, 256, 4, 4), (32, 128, 2, 6), (128, 64, 8, 6), (64, 64, 4, 8)]  # fmt: skip
-INTEGERS = [(64, 128, 4, 4), (32, 128, 4, 5), (64, 128, 4, 6), (32, 256, 4, 4), (64, 256, 4, 4), (32, 128, 2, 5), (128, 128, 4, 4),
-            (128, 128, 8, 4), (16, 256, 4, 4), (16, 128, 4, 6), (64, 256, 4, 3), (16, 256, 2, 4), (32, 256, 2, 4), (32, 512, 4, 3),
-            (64, 64, 4, 6), (16, 512, 4, 3), (16, 128, 1, 6), (128, 64, 4, 5), (64, 128, 8, 4)]  # fmt: skip
+FILLED = [
+    (32, 128, 4, 6),
+    (32, 128, 4, 8),
+    (64, 64, 4, 8),
+    (32, 256, 4, 4),
+    (16, 256, 4, 4),
+    (32, 64, 4, 10),
+    (64, 128, 4, 4),
+]  # of 64 rows, however few
+INTEGERS = [(64, 128, 4, 4), (32, 128, 4, 5), (64, 128, 4, 6), (32, 256, 4, 4), (64, 256, 4, 4), (128, 128, 4, 4), (128, 128, 8, 4),
+            (64, 256, 4, 3), (32, 256, 2, 4), (32, 512, 4, 3), (64, 64, 4, 6), (128, 64, 4, 6), (64, 512, 4, 2), (128, 256, 8, 3),
+            (128, 128, 8, 6), (64, 128, 8, 4), (16, 512, 4, 3), (16, 256, 4, 4)]  # fmt: skip
 # rows, columns, depth, warps, stages
-MANY = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (256, 128, 64, 8, 3), (64, 256, 64, 4, 4),
-        (128, 128, 128, 8, 3), (128, 64, 64, 4, 5)]  # fmt: skip
+MANY = [(256, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (128, 64, 64, 4, 5),
+        (64, 256, 64, 4, 4), (256, 64, 64, 4, 4), (128, 128, 128, 8, 3)]  # fmt: skip
+MANY_INTEGERS = [(256, 128, 128, 8, 3), (128, 256, 128, 8, 3), (256, 128, 128, 8, 4), (128, 128, 128, 4, 4), (128, 128, 128, 8, 4),
+                 (256, 128, 64, 8, 4), (128, 256, 64, 8, 4)]  # fmt: skip
 
 
 def cuts(kind: ProductKind, rows: int) -> Iterator[Vector | Tile]:
@@ -40,25 +51,30 @@ def cuts(kind: ProductKind, rows: int) -> Iterator[Vector | Tile]:
     if most <= 4:
         for columns, warps, unroll in VECTORS:
             yield Vector(most, columns, warps, unroll)
-        most = 16
-    deepest = kind.group or 1 << 10
     halves = 2 if kind.gate else 1
-    if most > 128:
-        for block, columns, depth, warps, stages in MANY:
-            for swap in (False, True) if kind.bits == 16 else (True, False):
-                yield Tile(block, columns // halves, min(depth, deepest), warps, stages, swap)
-        return
-    tiles = [(cut, True) for cut in INTEGERS]
-    if kind.bits == 16:
-        tiles = [(cut, False) for cut in FEW] + [(cut, True) for cut in FEW_SWAPPED]
-    seen = set()
-    for (columns, depth, warps, stages), swap in tiles:
-        for cut in dict.fromkeys((columns // halves if columns > 16 else columns, columns)):
-            tile = Tile(max(16, most), cut, min(depth, deepest), warps, stages, swap)
-            held = stages * tile.depth * (max(16, most) * 2 + cut * halves * kind.bits // 8)
-            if tile not in seen and held <= 220 << 10:
-                seen.add(tile)
+    deepest = kind.group or 1 << 10
+    for (block, columns, depth, warps, stages), swap in _tiles(kind, max(16, most)):
+        for cut in dict.fromkeys(
+            (columns // halves if columns > 16 else columns, columns if most <= 128 else columns // halves)
+        ):
+            tile = Tile(block, cut, min(depth, deepest), warps, stages, swap)
+            held = stages * tile.depth * (block * (1 if kind.x else 2) + cut * halves * kind.bits // 8)
+            if held <= 220 << 10:
                 yield tile
+
+
+def _tiles(kind: ProductKind, most: int) -> list[tuple[tuple[int, ...], bool]]:
+    """Rows, columns (with a gate of both halves), depth, warps and stages, and whether W is on the left."""
+    if most > 128:
+        many = MANY_INTEGERS if kind.x else MANY
+        return [(cut, swap) for cut in many for swap in ((True,) if kind.bits < 16 and not kind.x else (True, False))]
+    if kind.bits < 16:
+        tiles = [(cut, True) for cut in INTEGERS] + ([(cut, False) for cut in INTEGERS[:12]] if kind.x else [])
+    else:
+        tiles = [(cut, False) for cut in FEW] + [(cut, True) for cut in FEW_SWAPPED]
+        if most <= 64:
+            return [((64, *cut), False) for cut in FILLED] + [((most, *cut), swap) for cut, swap in tiles]
+    return [((most, *cut), swap) for cut, swap in tiles]
 
 
 class Compilers:

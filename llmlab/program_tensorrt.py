@@ -11,15 +11,15 @@ from llmlab.errors import EngineError
 from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered
 from llmlab.kernels.binaries import KernelSet
 from llmlab.kernels.compile import (
-    KernelSource,
     attention_sources,
     compile_kernels,
     feed_source,
-    product_sources,
     sampling_sources,
 )
 from llmlab.kernels.gpu.geometry import AttentionVariant
 from llmlab.kernels.gpu.launch_product import ProductKind
+from llmlab.kernels.product_sources import product_sources
+from llmlab.kernels.source import KernelSource
 from llmlab.progress import make_bar
 from llmlab.runtime import program as run
 from llmlab.runtime.backends.tensorrt.attention import variant_of

@@ -16,7 +16,7 @@ from fake_driver import FakeDriver
 from fake_kernels import WORDS, kernel_of, parameters, record
 
 from llmlab.kernels.binaries import KernelSet
-from llmlab.kernels.compile import KernelSource
+from llmlab.kernels.source import KernelSource
 
 _DTYPES = {
     "*fp16": torch.float16,

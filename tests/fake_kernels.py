@@ -12,7 +12,7 @@ from fake_driver import FakeDriver, Launch
 
 import llmlab
 from llmlab.kernels.binaries import Kernel, KernelSet
-from llmlab.kernels.compile import KernelSource
+from llmlab.kernels.source import KernelSource
 
 WORDS = {"ptr": "Q", "i64": "q", "i32": "i4x", "fp32": "f4x"}
 """How the driver reads a parameter of 8 bytes, by its type."""

@@ -12,31 +12,23 @@ import queue
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import llmlab
 from llmlab.errors import EngineError, InputError, require
 from llmlab.kernels.binaries import Kernel, KernelSet
-from llmlab.kernels.gpu import geometry, launch_norm, launch_product
+from llmlab.kernels.gpu import geometry, launch_norm
 from llmlab.kernels.gpu.geometry import AttentionVariant, Launch, SamplingGrid
 from llmlab.kernels.gpu.launch_norm import NormKind
-from llmlab.kernels.gpu.launch_product import ProductKind
+from llmlab.kernels.source import TRITON_TYPES, KernelSource
 
 SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, 121: 99}
 """KiB of shared memory that one block may have, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
 
-_TRITON_TYPES = {
-    "float32": "*fp32",
-    "float16": "*fp16",
-    "bfloat16": "*bf16",
-    "int8": "*i8",
-    "float8_e4m3fn": "*fp8e4nv",
-}
 _FLOATS = ("partial", "partial_lse", "cos", "sin", "alibi_slopes", "sinks", "k_scale", "v_scale")
 _INTEGERS = ("q_stride", "k_stride", "v_stride", "table_stride", "splits", "num_seqs")
 _INTEGER_TENSORS = ("query_start", "kv_len", "block_table", "position_ids")
@@ -48,24 +40,6 @@ _SAMPLING_TYPES = {
     **dict.fromkeys(("splits", "step"), "i32"),
 }
 _ALIGNED_NUMBERS = ("q_stride", "k_stride", "v_stride", "pool_half")
-
-
-@dataclass(frozen=True)
-class KernelSource:
-    """A Triton function, and what it is to be compiled for.
-
-    types: Triton's for each parameter that isn't a constant (`*fp16`, `i32`), in any order. null: parameters that nothing reads here.
-    aligned: parameters that are multiples of 16 whatever is launched. labels: what tells the result from others, beside the constants.
-    """
-
-    function: str
-    """module:name"""
-    types: Mapping[str, str]
-    constants: Mapping[str, Any]
-    options: Mapping[str, int]
-    null: tuple[str, ...] = ()
-    aligned: tuple[str, ...] = ()
-    labels: Mapping[str, Any] = field(default_factory=dict)
 
 
 def compile_attention(
@@ -110,8 +84,8 @@ def attention_sources(variant: AttentionVariant) -> list[KernelSource]:
 
 def _types(variant: AttentionVariant) -> dict[str, str]:
     return {
-        **dict.fromkeys(("out", "q", "k", "v", "q_out"), _TRITON_TYPES[variant.dtype]),
-        "pool": _TRITON_TYPES[variant.kv_dtype],
+        **dict.fromkeys(("out", "q", "k", "v", "q_out"), TRITON_TYPES[variant.dtype]),
+        "pool": TRITON_TYPES[variant.kv_dtype],
         **dict.fromkeys(_FLOATS, "*fp32"),
         **dict.fromkeys(_INTEGER_TENSORS, "*i32"),
         **dict.fromkeys(_INTEGERS, "i32"),
@@ -148,7 +122,7 @@ def compile_sampling(
 
 def sampling_sources(vocab: int, dtype: str = "float32") -> list[KernelSource]:
     """The kernels that choose tokens."""
-    types = {**_SAMPLING_TYPES, "logits": _TRITON_TYPES[dtype]}
+    types = {**_SAMPLING_TYPES, "logits": TRITON_TYPES[dtype]}
     aligned = ("logits", "hist", "mass", "parts", "first")
     return [
         KernelSource(
@@ -170,36 +144,13 @@ def feed_source() -> KernelSource:
     return KernelSource("llmlab.kernels.gpu.feed:feed_tokens", types, launch.constants, launch.options)
 
 
-def product_sources(kind: ProductKind, max_rows: int) -> list[KernelSource]:
-    """The kernels of one product in steps of up to `max_rows` rows: one for each class of rows, shared by other sizes."""
-    return [product_source(kind, *launch) for launch in launch_product.launches(kind, max_rows)]
-
-
-def product_source(kind: ProductKind, name: str, launch: Launch) -> KernelSource:
-    """The kernel of one launch."""
-    types = {
-        **dict.fromkeys(("x", "weight", "bias", "add"), _TRITON_TYPES[kind.dtype]),
-        **launch_product.PACKED_TYPES.get((name, kind.bits), {}),
-        "out": _TRITON_TYPES[kind.out_dtype],
-        "scale": "*fp16",
-        **dict.fromkeys(("rows", "depth", "width", "x_stride"), "i32"),
-    }
-    has = {"scale": kind.bits < 16, "bias": kind.bias, "add": kind.add}
-    null = tuple(parameter for parameter, there in has.items() if not there)
-    labels = launch_product.labels(kind, launch)
-    aligned = ("x", "weight", "scale", "bias", "add", "out", "depth", "x_stride")
-    hints = (*aligned, "width") if labels["ALIGNED_WIDTH"] else aligned
-    function = f"llmlab.kernels.gpu.product:{name}"
-    return KernelSource(function, types, launch.constants, launch.options, null, hints, labels)
-
-
 def norm_source(kind: NormKind) -> KernelSource:
     """The kernel of one RMS norm, shared by others of its width."""
     launch = launch_norm.launch(kind, 1)
     types = {
-        "out": _TRITON_TYPES[kind.out_dtype],
-        "x": _TRITON_TYPES[kind.dtype],
-        "weight": _TRITON_TYPES[kind.weight_dtype],
+        "out": TRITON_TYPES[kind.out_dtype],
+        "x": TRITON_TYPES[kind.dtype],
+        "weight": TRITON_TYPES[kind.weight_dtype],
         "epsilon": "fp32",
         **dict.fromkeys(("width", "x_stride"), "i32"),
     }

@@ -19,7 +19,8 @@ class ProductPointers:
     """Device addresses of what a product reads and writes, at multiples of 16 bytes; see `ProductKind`. 0 for what it doesn't have.
 
     x [rows, depth]: its rows lie `x_stride` elements apart, a multiple of 16. weight [outputs, depth], contiguous, with int4 [outputs, depth / 2]
-    bytes. scale: float16 [outputs], or [outputs, depth / group]. bias [outputs], add [rows, width] and out [rows, width], contiguous.
+    bytes, packed. scale: float16 [outputs], or [outputs, depth / group]. bias [outputs], add [rows, width] and out [rows, width], contiguous.
+    x_scale: float32 [1], where the kind's x is int8_static. scratch: `Product.scratch_bytes`.
     """
 
     x: int
@@ -29,6 +30,8 @@ class ProductPointers:
     scale: int = 0
     bias: int = 0
     add: int = 0
+    x_scale: int = 0
+    scratch: int = 0
 
 
 class Product:
@@ -46,6 +49,14 @@ class Product:
                 if not self._kernels:
                     raise
                 break
+        self._quantize: LoadedKernel | None = None
+        if kind.x:
+            name, launch = launch_product.quantize(kind, 1)
+            self._quantize = LoadedKernel(kernels, device, name, {**launch.constants, "DTYPE": kind.dtype})
+
+    def scratch_bytes(self, rows: int) -> int:
+        """What to allocate for steps of up to `rows` rows; products may share it. x as int8, then its scales."""
+        return rows * (self.kind.depth + 4) if self.kind.x else 0
 
     def _launch(self, rows: int) -> tuple[LoadedKernel, tuple[int, ...]]:
         most = launch_product.row_class(rows)
@@ -60,9 +71,14 @@ class Product:
         if not rows:
             return
         p, kind = pointers, self.kind
-        if (p.x | p.weight | p.out | p.scale | p.bias | p.add) & 15 or p.x_stride & 15:
+        if (p.x | p.weight | p.out | p.scale | p.bias | p.add | p.x_scale | p.scratch) & 15 or p.x_stride & 15:
             raise EngineError(
                 f"a product needs tensors at multiples of 16 bytes and rows of x a multiple of 16 elements apart, given {p}: lay them out so"
             )
         kernel, grid = self._plan(rows)
-        kernel.launch(grid, {**vars(p), "rows": rows, "depth": kind.depth, "width": kind.width}, stream)
+        values = {**vars(p), "rows": rows, "depth": kind.depth, "width": kind.width}
+        if self._quantize is not None:
+            x = {"values": p.scratch, "scale": p.scratch + rows * kind.depth, "given": p.x_scale}
+            self._quantize.launch((rows,), {**values, **x}, stream)
+            values |= {"x": p.scratch, "x_stride": kind.depth, "x_scale": x["scale"]}
+        kernel.launch(grid, values, stream)

@@ -12,7 +12,8 @@ import pytest
 
 from llmlab.cuda import Arguments, Device, DeviceBuffer, Event, Function, PinnedArray, Stream, copy_async
 from llmlab.errors import EngineError, LlmlabError
-from llmlab.kernels.compile import KernelSource, compile_kernels
+from llmlab.kernels.compile import compile_kernels
+from llmlab.kernels.source import KernelSource
 
 ADD = """
 import triton

@@ -15,8 +15,9 @@ from test_gpu_products import DEVICE, HALF, INT4, INT8, KINDS, TOLERANCE, Case, 
 from llmlab.cuda import Device, Stream
 from llmlab.errors import EngineError
 from llmlab.kernels.binaries import KernelSet
-from llmlab.kernels.compile import SHARED_LIMITS, compile_kernels, product_sources
+from llmlab.kernels.compile import SHARED_LIMITS, compile_kernels
 from llmlab.kernels.gpu.launch_product import ROW_CLASSES, ProductKind
+from llmlab.kernels.product_sources import product_sources
 from llmlab.kernels.products import Product, ProductPointers
 
 POINTERS = ProductPointers(
@@ -69,10 +70,29 @@ def test_one_launch_whatever_the_rows_on_the_stream_that_was_given(launched: Lau
 
 @pytest.mark.parametrize("rows", [1, 5, 100])
 def test_every_kernel_gets_the_addresses_and_sizes_that_were_given(launched: Launched, rows: int) -> None:
-    expected = {**vars(POINTERS), "rows": rows, "depth": WHOLE.depth, "width": WHOLE.width}
+    given = {name: value for name, value in vars(POINTERS).items() if name not in ("x_scale", "scratch")}
+    expected = {**given, "rows": rows, "depth": WHOLE.depth, "width": WHOLE.width}
     assert launched.values(launched.enqueue(launched.product(WHOLE), rows)) == expected
     plain = launched.values(launched.enqueue(launched.product(HALF), rows))
     assert plain.keys() == expected.keys() - {"scale", "bias", "add"}
+
+
+@pytest.mark.parametrize("x", ["int8", "int8_static"])
+@pytest.mark.parametrize("rows", [1, 100])
+def test_x_is_made_int8_in_scratch_and_multiplied_from_there(launched: Launched, rows: int, x: str) -> None:
+    product = launched.product(replace(INT8, x=x))
+    product.enqueue(77, POINTERS, rows=rows)
+    first, second = launched.fake.launches
+    assert (first.kernel, first.grid, first.stream) == ("quantize_rows", (rows, 1, 1), 77)
+    at = {"values": POINTERS.scratch, "scale": POINTERS.scratch + rows * INT8.depth}
+    given = {"given": POINTERS.x_scale} if x == "int8_static" else {}
+    sizes = {"x": POINTERS.x, "x_stride": POINTERS.x_stride, "depth": INT8.depth}
+    assert launched.values(first) == {**at, **given, **sizes}
+    multiplied = launched.values(second)
+    assert (multiplied["x"], multiplied["x_scale"]) == (at["values"], at["scale"])
+    assert multiplied["x_stride"] == INT8.depth and multiplied["rows"] == rows
+    assert product.scratch_bytes(rows) == rows * INT8.depth + 4 * rows
+    assert launched.product(INT8).scratch_bytes(rows) == 0
 
 
 @pytest.mark.parametrize("rows", [1, 3, 9, 64, 65, 1000])
@@ -92,6 +112,7 @@ def test_products_of_other_sizes_share_their_kernels() -> None:
 
 def test_one_kernel_for_each_class_of_rows_and_none_that_the_engine_never_needs() -> None:
     assert [len(product_sources(HALF, rows)) for rows in (1, 2, 3, 8, 4096)] == [1, 2, 3, 4, len(ROW_CLASSES)]
+    assert len(product_sources(replace(INT8, x="int8"), 1)) == 2  # x is made int8 first
     for sources in (product_sources(kind, 4096) for kind in KINDS.values()):
         assert len({str(s.labels) for s in sources}) == len(sources)
 
@@ -163,7 +184,8 @@ def enqueued(kernels: KernelSet, device: Device, given: Case, rows: int) -> floa
         x_stride=given.x.stride(0),
         weight=given.weight.data_ptr(),
         out=result.data_ptr(),
-        **{n: t.data_ptr() for n in ("scale", "bias", "add") if (t := getattr(given, n)) is not None},
+        **{n: t.data_ptr() for n in ("scale", "bias", "add", "x_scale") if (t := getattr(given, n)) is not None},
+        scratch=(scratch := torch.empty(product.scratch_bytes(rows) + 1, dtype=torch.int8, device=DEVICE)).data_ptr(),
     )
     torch.cuda.synchronize()
     product.enqueue(stream, pointers, rows=rows)
@@ -173,6 +195,7 @@ def enqueued(kernels: KernelSet, device: Device, given: Case, rows: int) -> floa
     torch.cuda.synchronize()
     graph.launch(stream)
     stream.synchronize()
+    del scratch
     found = result.double().cpu().numpy()
     expected = given.expected[:rows]
     if not np.isfinite(found).all():

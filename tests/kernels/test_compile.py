@@ -17,9 +17,10 @@ from fake_kernels import uncompiled
 from llmlab.errors import EngineError, InputError
 from llmlab.kernels import compile
 from llmlab.kernels.binaries import Kernel, KernelSet
-from llmlab.kernels.compile import KernelSource, attention_sources, compile_attention, compile_kernels
+from llmlab.kernels.compile import attention_sources, compile_attention, compile_kernels
 from llmlab.kernels.compile_worker import smaller
 from llmlab.kernels.gpu.geometry import AttentionKind, AttentionVariant
+from llmlab.kernels.source import KernelSource
 
 if (found := importlib.util.find_spec("triton")) is None or found.origin is None:
     pytest.skip("triton is not installed: pip install 'llmlab[tensorrt]'", allow_module_level=True)

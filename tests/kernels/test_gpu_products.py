@@ -21,7 +21,8 @@ if DEVICE == "cpu":
 from llmlab.errors import InputError  # noqa: E402 (the interpreter is chosen when triton is imported)
 from llmlab.kernels.activations import ACTIVATIONS  # noqa: E402
 from llmlab.kernels.gpu.launch_product import ProductKind, Tile, Vector  # noqa: E402
-from llmlab.kernels.gpu.start_product import start_product  # noqa: E402
+from llmlab.kernels.gpu.start_product import start_product, start_quantize  # noqa: E402
+from llmlab.kernels.packing import pack_weight  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +66,13 @@ class Case:
     scale: Any
     bias: Any
     add: Any
+    x_scale: Any
     expected: np.ndarray
 
     def error(self, cut: Vector | Tile | None = None) -> float:
         """The largest error of an element, beside the largest of its row; infinite where something wasn't written."""
         out = torch.full(self.expected.shape, torch.nan, dtype=getattr(torch, self.kind.out_dtype), device=DEVICE)
-        start_product(self.kind, out, self.x, self.weight, self.scale, self.bias, self.add, cut)
+        start_product(self.kind, out, self.x, self.weight, self.scale, self.bias, self.add, self.x_scale, cut)
         found = out.double().cpu().numpy()
         if not np.isfinite(found).all():
             return float("inf")
@@ -78,12 +80,6 @@ class Case:
 
     def right(self, cut: Vector | Tile | None = None) -> bool:
         return self.error(cut) < TOLERANCE[self.kind.out_dtype]
-
-
-def packed(values: np.ndarray) -> np.ndarray:
-    """int4 [N, K] as they are stored: [N, K / 2], the first of two in the low half of a byte."""
-    low, high = values[:, ::2] & 15, values[:, 1::2] & 15
-    return (low | high << 4).astype(np.uint8).view(np.int8)
 
 
 def case(kind: ProductKind, rows: int, seed: int = 0) -> Case:
@@ -106,17 +102,24 @@ def case(kind: ProductKind, rows: int, seed: int = 0) -> Case:
         values = rng.integers(least, -least, (kind.outputs, kind.depth))
         values[0, :2] = least, -least - 1
         scale = torch.tensor(rng.uniform(0.5, 2, kind.scale_shape) / -least, dtype=torch.float16)
-        weight = torch.tensor(packed(values) if kind.bits == 4 else values.astype(np.int8))
+        weight = torch.tensor(pack_weight(kind, values.astype(np.int8)))
         each = kind.depth // kind.group if kind.group else 1
         real = values * np.repeat(scale.double().numpy().reshape(kind.outputs, each), kind.depth // each, 1)
-    expected = x.double().numpy() @ real.T
+    real_x, x_scale = x.double().numpy(), None
+    if kind.x:
+        steps = np.abs(real_x).max(1, keepdims=True) / 127
+        if kind.x == "int8_static":
+            steps[:] = x_scale = np.float32(0.02)  # what is beyond 2.54 is cut off
+        real_x = np.rint(real_x / steps).clip(-127, 127) * steps
+    expected = real_x @ real.T
     if bias is not None:
         expected = expected + bias.double().numpy()
     if kind.gate:
         expected = ACTIVATIONS[kind.gate](expected[:, : kind.width], 1.0) * expected[:, kind.width :]
     if add is not None:
         expected = expected + add.double().numpy()
-    given = (wide.to(DEVICE)[:, 16 : 16 + kind.depth], weight, scale, bias, add)
+    x_scale = None if x_scale is None else torch.tensor([x_scale])
+    given = (wide.to(DEVICE)[:, 16 : 16 + kind.depth], weight, scale, bias, add, x_scale)
     return Case(kind, *(None if t is None else t.to(DEVICE) for t in given), expected)
 
 
@@ -132,6 +135,9 @@ KINDS = {
     "float16, everything": replace(HALF, gate="silu", bias=True, add=True, out_dtype="float32"),
     "int8, everything": replace(INT8, gate="gelu", bias=True, add=True, out_dtype="bfloat16"),
     "int4 in groups, everything": replace(INT4, group=32, gate="gelu_tanh", bias=True, add=True, out_dtype="float32"),
+    "int8 by int8": replace(INT8, x="int8"),
+    "int8 by int8, everything": replace(INT8, x="int8", gate="silu", bias=True, add=True, out_dtype="float32"),
+    "int8 by int8 of one scale, bfloat16": replace(INT8, x="int8_static", dtype="bfloat16", out_dtype="bfloat16"),
     "bfloat16 and int8, relu": replace(INT8, dtype="bfloat16", gate="relu", out_dtype="float32"),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -173,7 +179,7 @@ def test_a_neighbour_in_place_of_what_was_given_is_seen(what: str, rows: int) ->
 def test_the_halves_of_a_byte_are_told_apart_and_so_are_groups(rows: int, group: int) -> None:
     given = case(replace(INT4, width=8, group=group), rows)
     assert given.right()
-    swapped = (given.weight << 4) | ((given.weight >> 4) & 15)
+    swapped = (given.weight << 4) | ((given.weight >> 4) & 15)  # columns that are 8 apart
     assert not replace(given, weight=swapped).right()
     if group:
         assert not replace(given, scale=given.scale.roll(1, 1)).right()
@@ -200,6 +206,9 @@ def test_what_is_not_a_number_stays_so(rows: int) -> None:
     [
         {"depth": 100},
         {"weight": "int4", "depth": 144},
+        {"x": "int8"},
+        {"x": "int4", "weight": "int8"},
+        {"x": "int8", "weight": "int8", "depth": 128, "group": 32},
         {"weight": "bfloat16"},
         {"dtype": "float32"},
         {"out_dtype": "int8"},
@@ -214,3 +223,31 @@ def test_what_there_are_no_kernels_for_is_refused_in_one_line(wrong: dict[str, A
     with pytest.raises(InputError, match=r"no kernels for the product ProductKind.*expected") as caught:
         replace(HALF, **wrong)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("x", ["int8", "int8_static"])
+def test_rows_become_integers(x: str) -> None:
+    kind = replace(INT8, x=x)
+    rows = torch.randn(5, kind.depth, dtype=torch.float16)
+    rows[1] = 0
+    rows[2, 7] = 500
+    rows[3, 9], rows[4, 9] = torch.nan, torch.inf
+    step = torch.tensor([0.02])
+    values, scale = (t.cpu() for t in start_quantize(kind, rows.to(DEVICE), step.to(DEVICE)))
+    wanted = step.expand(5) if x == "int8_static" else torch.stack([r.float().abs().max() / 127 for r in rows])
+    if x == "int8":
+        wanted[1] = 1
+    assert torch.isnan(scale[3:]).all() and torch.allclose(scale[:3], wanted[:3])
+    expected = (rows[:3].double() / scale[:3, None]).round().clamp(-127, 127)
+    assert (values[:3] - expected).abs().max() <= 1 and (values[:3] != expected).float().mean() < 0.01
+    assert values[2, 7] == 127
+
+
+def test_packed_integers_lie_eight_columns_apart() -> None:
+    values = np.arange(32, dtype=np.int8)[None] - 16
+    words = pack_weight(replace(INT8, depth=32), values).view(np.int16)[0]
+    assert [int(w) & 255 for w in words[:8]] == [v & 255 for v in range(-16, -8)]
+    assert [int(w) >> 8 for w in words[:8]] == list(range(-8, 0)) and int(words[8]) == 8 << 8
+    small = pack_weight(replace(INT4, depth=32), values >> 1).view(np.uint16)[0]
+    assert [[(int(w) >> 4 * n & 15) for n in range(4)] for w in small[:2]] == [[8, 12, 0, 4], [8, 12, 0, 4]]
+    assert pack_weight(replace(INT8, x="int8", depth=32), values) is values

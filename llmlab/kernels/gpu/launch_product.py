@@ -6,20 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmlab.errors import InputError
-from llmlab.kernels.gpu.geometry import Launch
+from llmlab.kernels.gpu.geometry import Launch, power_of_two
 
 BITS = {"float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
 """Of one value of a weight, by its type."""
 GATES = ("", "silu", "gelu", "gelu_tanh", "relu")
 _FLOATS = ("float16", "bfloat16")
 _OUTPUTS = (*_FLOATS, "float32")
-PACKED_TYPES = {
-    ("product_rows", 8): {"weight": "*i32", "x": "*i64"},
-    ("product_rows", 4): {"weight": "*i16", "x": "*i64"},
-    ("product_tiles", 8): {"weight": "*i8"},
-    ("product_tiles", 4): {"weight": "*i8", "x": "*i32"},
-}
-"""What kernels read several values at once as, by kernel and bits of a weight."""
 _TILES_TOGETHER = 8  # row tiles whose programs run side by side, so that they find each other's weights in the L2 cache
 
 
@@ -28,7 +21,7 @@ class ProductKind:
     """What is fixed about one product when its kernels are compiled.
 
     out [rows, width] = x [rows, depth] · Wᵀ, with W [outputs, depth]. With a gate W has 2 · width rows, the gate's first, and
-    out = act(x·Wgᵀ) · (x·Wuᵀ). Sums are float32 whatever the types. Raises InputError for what there are no kernels for.
+    out = act(x·Wgᵀ) · (x·Wuᵀ). Sums are float32, or exact where x is int8 too. Raises InputError for what there are no kernels for.
     """
 
     depth: int
@@ -38,7 +31,7 @@ class ProductKind:
     """Of x, bias and add: float16 or bfloat16."""
     out_dtype: str
     weight: str
-    """float16, bfloat16 (the same as dtype), int8, or int4: two signed values a byte, the first in the low half."""
+    """float16, bfloat16 (the same as dtype), int8 or int4. Integers are stored as `packing.pack_weight` has them."""
     group: int = 0
     """int8, int4: columns that share a scale, 32, 64 or 128. 0: a scale for each row of W. A divisor of depth."""
     gate: str = ""
@@ -46,6 +39,9 @@ class ProductKind:
     """bias [outputs] is added, before the gate."""
     add: bool = False
     """add [rows, width] is added to the result: the residual."""
+    x: str = ""
+    """What x becomes before it is multiplied by int8 weights of one scale a row: "int8", each of its rows by its largest value,
+    "int8_static", all of it by one scale that is given, or nothing."""
 
     def __post_init__(self) -> None:
         quantized = self.weight in ("int8", "int4")
@@ -60,11 +56,13 @@ class ProductKind:
             and self.depth % granule == 0
             and (self.group in (0, 32, 64, 128) if quantized else self.group == 0)
             and (not self.group or self.depth % self.group == 0)
+            and (not self.x or (self.x in ("int8", "int8_static") and self.weight == "int8" and not self.group))
         )
         if not right:
             raise InputError(
                 f"no kernels for the product {self}: expected float16 or bfloat16 x, a weight of its type or of int8 or int4 in groups of "
-                f"0, 32, 64 or 128 that divide depth, depth a multiple of {granule}, a gate of {', '.join(filter(None, GATES))} or none"
+                f"0, 32, 64 or 128 that divide depth, depth a multiple of {granule}, a gate of {', '.join(filter(None, GATES))} or none, x int8 or int8_static "
+                "beside int8 without groups alone"
             )
 
     @property
@@ -92,6 +90,7 @@ class ProductKind:
     def _constants(self) -> dict[str, Any]:
         return {
             "BITS": self.bits,
+            "INTEGERS": bool(self.x),
             "GROUP": self.group,
             "GATE": self.gate,
             "BIAS": self.bias,
@@ -188,6 +187,13 @@ def launch(kind: ProductKind, rows: int, cut: Vector | Tile | None = None) -> tu
     }
     options = {"num_warps": cut.warps, "num_stages": cut.stages}
     return "product_tiles", Launch(constants, options, (columns * -(-rows // cut.rows),))
+
+
+def quantize(kind: ProductKind, rows: int) -> tuple[str, Launch]:
+    """What makes x int8 for `rows` rows."""
+    block = power_of_two(kind.depth)
+    constants = {"BLOCK": block, "STATIC": kind.x == "int8_static"}
+    return "quantize_rows", Launch(constants, {"num_warps": max(4, min(16, block // 512))}, (rows,))
 
 
 def launches(kind: ProductKind, max_rows: int) -> list[tuple[str, Launch]]:

@@ -6,8 +6,9 @@ from typing import Any
 
 from llmlab.errors import require
 from llmlab.kernels.gpu import launch_product
-from llmlab.kernels.gpu.launch_product import PACKED_TYPES, ProductKind, Tile, Vector
+from llmlab.kernels.gpu.launch_product import ProductKind, Tile, Vector
 from llmlab.kernels.gpu.product import product_rows, product_tiles
+from llmlab.kernels.gpu.quantize import quantize_rows
 
 _KERNELS = {"product_rows": product_rows, "product_tiles": product_tiles}
 
@@ -20,18 +21,32 @@ def start_product(
     scale: Any = None,
     bias: Any = None,
     add: Any = None,
+    x_scale: Any = None,
     cut: Vector | Tile | None = None,
 ) -> None:
-    """Fill `out` [rows, width]; see `ProductKind` for the others. int4 weights are int8 [outputs, depth / 2]."""
+    """Fill `out` [rows, width]; see `ProductKind` for the others. Integers of weights are packed, as int8."""
     torch = require("torch", "export")
     rows = len(out)
     name, launch = launch_product.launch(kind, rows, cut)
-    words = {"*i8": torch.int8, "*i16": torch.int16, "*i32": torch.int32, "*i64": torch.int64}
-    views = {name: words[word] for name, word in PACKED_TYPES.get((name, kind.bits), {}).items()}
-    given = {"x": x, "weight": weight}
-    given |= {name: given[name].view(dtype) for name, dtype in views.items()}
+    if kind.x:
+        x, x_scale = start_quantize(kind, x, x_scale)
+        if name == "product_rows":
+            x, weight = x.view(torch.int32), weight.view(torch.int32)
+    elif kind.bits < 16:
+        weight = weight.view(torch.int16)
+    stride = kind.depth if kind.x else x.stride(0)
     _KERNELS[name][launch.grid](
-        *(out, given["x"], given["weight"], scale, bias, add, rows, kind.depth, kind.width, x.stride(0)),
+        *(out, x, x_scale, weight, scale, bias, add, rows, kind.depth, kind.width, stride),
         **launch.constants,
         **launch.options,
     )
+
+
+def start_quantize(kind: ProductKind, x: Any, given: Any = None) -> tuple[Any, Any]:
+    """x [rows, depth] as int8, and the float32 scale of each row."""
+    torch = require("torch", "export")
+    values = torch.full(x.shape, -99, dtype=torch.int8, device=x.device)
+    scale = torch.full((len(x),), torch.nan, device=x.device)
+    _, launch = launch_product.quantize(kind, len(x))
+    quantize_rows[launch.grid](values, scale, x, given, kind.depth, x.stride(0), **launch.constants, **launch.options)
+    return values, scale

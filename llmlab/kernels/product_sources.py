@@ -1,0 +1,53 @@
+"""What is compiled for a linear layer's product."""
+
+from __future__ import annotations
+
+from llmlab.kernels.gpu import launch_product
+from llmlab.kernels.gpu.geometry import Launch
+from llmlab.kernels.gpu.launch_product import ProductKind
+from llmlab.kernels.source import TRITON_TYPES, KernelSource
+
+
+def product_sources(kind: ProductKind, max_rows: int) -> list[KernelSource]:
+    """The kernels of one product in steps of up to `max_rows` rows: one for each class of rows, shared by other sizes."""
+    sources = [product_source(kind, *launch) for launch in launch_product.launches(kind, max_rows)]
+    return [*sources, _quantize_source(kind)] if kind.x else sources
+
+
+def product_source(kind: ProductKind, name: str, launch: Launch) -> KernelSource:
+    """The kernel of one launch."""
+    stored = "*i32" if kind.x and name == "product_rows" else "*i8" if kind.x else "*i16"
+    types = {
+        **dict.fromkeys(("bias", "add"), TRITON_TYPES[kind.dtype]),
+        "x": stored if kind.x else TRITON_TYPES[kind.dtype],
+        "weight": stored if kind.bits < 16 else TRITON_TYPES[kind.dtype],
+        "out": TRITON_TYPES[kind.out_dtype],
+        "scale": "*fp16",
+        "x_scale": "*fp32",
+        **dict.fromkeys(("rows", "depth", "width", "x_stride"), "i32"),
+    }
+    has = {"scale": kind.bits < 16, "x_scale": kind.x, "bias": kind.bias, "add": kind.add}
+    null = tuple(parameter for parameter, there in has.items() if not there)
+    labels = launch_product.labels(kind, launch)
+    aligned = ("x", "weight", "scale", "bias", "add", "out", "depth", "x_stride")
+    hints = (*aligned, "width") if labels["ALIGNED_WIDTH"] else aligned
+    function = f"llmlab.kernels.gpu.product:{name}"
+    return KernelSource(function, types, launch.constants, launch.options, null, hints, labels)
+
+
+def _quantize_source(kind: ProductKind) -> KernelSource:
+    name, launch = launch_product.quantize(kind, 1)
+    types = {
+        "values": "*i8",
+        "scale": "*fp32",
+        "x": TRITON_TYPES[kind.dtype],
+        "given": "*fp32",
+        "depth": "i32",
+        "x_stride": "i32",
+    }
+    null = () if launch.constants["STATIC"] else ("given",)
+    labels = {**launch.constants, "DTYPE": kind.dtype}
+    aligned = ("values", "x", "depth", "x_stride")
+    return KernelSource(
+        f"llmlab.kernels.gpu.quantize:{name}", types, launch.constants, launch.options, null, aligned, labels
+    )
