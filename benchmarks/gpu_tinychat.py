@@ -1,10 +1,10 @@
 """tinychat on an NVIDIA GPU: is the TensorRT engine right, and does it stay so under traffic?
 
-    python benchmarks/gpu_tinychat.py prepare FOLDER [--capability 9.0]      # anywhere: torch, onnxruntime, triton
+    python benchmarks/gpu_tinychat.py prepare FOLDER [--capability 9.0] [--quantize kv_int8]  # anywhere: torch, onnxruntime, triton
     python benchmarks/gpu_tinychat.py run FOLDER [--json FILE]               # on the GPU: TensorRT, cuda-bindings
 
 `prepare` puts into FOLDER what the machine with the GPU may lack the means to make: the serving graph, the compiled kernels,
-the logits of the ONNX Runtime fp32 engine and its exact match on held-out prompts. `run` builds an fp16 engine there and
+the logits of the ONNX Runtime fp32 engine (of the quantized graph, with --quantize) and its exact match on held-out prompts. `run` builds an fp16 engine there and
 compares: logits of ragged, chunked and preempted steps (bound: 2e-2 of the largest logit; a step whose positions are shifted
 must exceed it), exact match on the same prompts (within 0.5 points), then requests that come at random and are cancelled at
 random (every block given back, no memory growth). Exits with 1 if any of these fails.
@@ -48,11 +48,13 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def prepare(folder: Path, capability: tuple[int, int], count: int) -> None:
+def prepare(folder: Path, capability: tuple[int, int], count: int, recipe: str | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     from llmlab.build_tensorrt import kernels_for
 
     graph = ll.optimize(ll.export("tinychat"))
+    if recipe is not None:
+        graph = ll.quantize(graph, recipe, "tinychat")
     graph.save(folder / "graph", overwrite=True)
     (folder / "kernels").mkdir(exist_ok=True)
     kernels_for(graph, ll.BuildConfig(**CONFIG, compute_capabilities=(capability,))).write(folder / "kernels")
@@ -269,6 +271,7 @@ def main() -> int:
     parser.add_argument("what", choices=("prepare", "run"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--capability", default="9.0")
+    parser.add_argument("--quantize", help="a recipe, for prepare")
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--json", type=Path)
@@ -276,7 +279,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.what == "prepare":
         major, minor = given.capability.split(".")
-        prepare(given.folder, (int(major), int(minor)), given.prompts)
+        prepare(given.folder, (int(major), int(minor)), given.prompts, given.quantize)
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         return 0 if run(given.folder, given.requests, given.json, given.work or Path(temporary)) else 1

@@ -10,6 +10,7 @@ from llmlab.errors import InputError
 from llmlab.graph.edit import Editor, sort_nodes
 from llmlab.graph.graph import Graph
 from llmlab.quant.grid import Rounded
+from llmlab.quant.kv import quantize_cache
 from llmlab.quant.projections import Projection, projections
 from llmlab.quant.recipe import Activations, Recipe, Weights
 
@@ -53,8 +54,14 @@ class Work:
         return Editor(self.graph)
 
 
+def _kv_cache(work: Work, jobs: list[Job]) -> None:
+    cache = work.recipe.kv_cache
+    assert cache is not None
+    quantize_cache(work.graph, cache, work.calibration, seed=work.seed)
+
+
 Method = Callable[[Work, list[Job]], None]
-METHODS: dict[str, Method] = {}
+METHODS: dict[str, Method] = {"kv_cache": _kv_cache}
 """Of those jobs that want it, in this order: smooth, awq, gptq, static (activations' scales); and kv_cache, of no jobs."""
 _ORDER = ("smooth", "awq", "gptq", "static", "kv_cache")
 
