@@ -11,7 +11,17 @@ from llmlab.checkpoint import ASSETS
 from llmlab.errors import EngineError, InputError
 from llmlab.files import plain_name, sha256
 from llmlab.runtime.batch import Backend
-from llmlab.runtime.manifest import KERNELS, MANIFEST, MODEL, PROGRAM, TABLES, WEIGHTS, Manifest
+from llmlab.runtime.manifest import (
+    KERNELS,
+    MANIFEST,
+    MODEL,
+    PREFILL_MODEL,
+    PREFILL_WEIGHTS,
+    PROGRAM,
+    TABLES,
+    WEIGHTS,
+    Manifest,
+)
 
 TARGETS: Mapping[str, tuple[str, ...]] = {
     "onnxruntime": (MODEL, WEIGHTS),
@@ -39,7 +49,8 @@ class Engine:
             raise EngineError(f"{folder}: built for {manifest.target!r}, this llmlab runs {', '.join(TARGETS)}")
         if (manifest.compiled is None) != (manifest.target == "onnxruntime"):
             raise EngineError(f"{folder / MANIFEST}: doesn't say how it was compiled: altered, build the engine again")
-        for name in TARGETS[manifest.target]:
+        prefill = manifest.products is not None and manifest.products.prefill
+        for name in (*TARGETS[manifest.target], *((PREFILL_MODEL, PREFILL_WEIGHTS) if prefill else ())):
             if name not in manifest.files:
                 raise EngineError(f"{folder / MANIFEST}: lists no {name}: altered, build the engine again")
         for name, entry in manifest.files.items():
@@ -102,6 +113,10 @@ class Engine:
             "limits": f"{m.limits.max_seq_len:,} tokens a sequence, {m.limits.max_tokens_per_step:,} new tokens a step",
             "KV cache": str(m.kv),
         }
+        if (p := m.products) is not None:
+            facts["products"] = f"accuracy level {p.accuracy_level}" + (
+                f", prefill in {p.prefill}" if p.prefill else ""
+            )
         if (c := m.compiled) is not None:
             gpus = ", ".join(f"{major}.{minor}" for major, minor in c.compute_capabilities)
             facts["compiled"] = (

@@ -17,6 +17,7 @@ from llmlab.kernels.kv_cache import BITS
 ENGINE_FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL, WEIGHTS = "model.onnx", "weights.bin"  # onnxruntime
+PREFILL_MODEL, PREFILL_WEIGHTS = "prefill.onnx", "prefill.bin"  # beside them, for steps of many tokens
 PROGRAM, TABLES, KERNELS = "program.json", "tables.safetensors", "kernels.json"  # TensorRT, beside *.plan and *.cubin
 TENSORS = "weights.safetensors"  # TensorRT, where products are kernels
 
@@ -89,6 +90,26 @@ class Compiled:
 
 
 @dataclass(frozen=True)
+class Products:
+    """How an ONNX Runtime engine multiplies where weights alone are quantized."""
+
+    accuracy_level: int
+    """1: in float32; 4: with activations rounded to int8 by blocks."""
+    prefill: str = ""
+    """int8: steps of many tokens round activations by rows and the weights again by channels, in a model of their own."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any] | None) -> Products | None:
+        """What `asdict` gave; None where there are none. Raises KeyError, TypeError or ValueError for anything else."""
+        if data is None:
+            return None
+        level, prefill = data["accuracy_level"], data["prefill"]
+        if isinstance(level, bool) or level not in (1, 4) or prefill not in ("", "int8"):
+            raise ValueError(f"no products of accuracy level {level!r} and prefill {prefill!r}")
+        return cls(level, prefill)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What manifest.json says."""
 
@@ -109,6 +130,8 @@ class Manifest:
     """Size in bytes and sha256 of every other file."""
     compiled: Compiled | None = None
     """None for onnxruntime."""
+    products: Products | None = None
+    """None for TensorRT, and where no weight alone is quantized."""
 
     @property
     def max_seq_len(self) -> int:
@@ -165,6 +188,7 @@ class Manifest:
                     str(n): {"size": _count(f["size"], 0), "sha256": str(f["sha256"])} for n, f in data["files"].items()
                 },
                 compiled=_compiled(data.get("compiled")),
+                products=Products.from_dict(data.get("products")),
             )
             _ = manifest.config
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CheckpointError) as problem:

@@ -92,7 +92,7 @@ def test_the_engine_computes_what_the_recipe_says(store: Store, tmp_path: Path, 
     given, tolerance = RECIPES[case]
     recipe = Recipe.parse(given)
     graph = ll.quantize(store.serving("llama"), recipe, calibration=["any"])
-    engine = ll.build(graph, tmp_path / "engine", max_tokens_per_step=32)
+    engine = ll.build(graph, tmp_path / "engine", max_tokens_per_step=32, accuracy_level=1)
     assert engine.manifest.recipe == recipe.to_dict() == graph.recipe
     model = store.model("llama")
     scales = {name: STATIC for name, _ in model.named_modules()}
@@ -107,7 +107,9 @@ def test_the_engine_computes_what_the_recipe_says(store: Store, tmp_path: Path, 
 def test_tinychat(store: Store, tmp_path: Path, name: str) -> None:
     """A checkpoint in float16, tied: the embedding and the head keep the wide weight."""
     recipe = Recipe.parse(name)
-    engine = ll.build(ll.quantize(store.serving("tinychat"), recipe), tmp_path / "engine", max_seq_len=64)
+    engine = ll.build(
+        ll.quantize(store.serving("tinychat"), recipe), tmp_path / "engine", max_seq_len=64, accuracy_level=1
+    )
     model = store.model("tinychat").float()
     found = logits(engine)
     expected = cached_generation(fake_quantized(model, chosen(recipe)), PLAN, 2048)
@@ -124,7 +126,7 @@ def test_a_wrong_scale_is_seen(store: Store, tmp_path: Path) -> None:
     values[3] *= 1.01
     scale._values = values
     expected = cached_generation(fake_quantized(store.model("llama"), chosen(Recipe.parse("int8"))), PLAN, 96)
-    found = logits(ll.build(graph, tmp_path / "engine", max_tokens_per_step=32))
+    found = logits(ll.build(graph, tmp_path / "engine", max_tokens_per_step=32, accuracy_level=1))
     assert error(found, expected) > 5 * EXACT
 
 

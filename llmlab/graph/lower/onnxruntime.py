@@ -12,7 +12,10 @@ from llmlab.graph.edit import Editor, producer, sort_nodes
 from llmlab.graph.graph import Graph
 from llmlab.graph.lower.gated import expand_gated
 from llmlab.graph.lower.onnxruntime_attention import AttentionLowering
+from llmlab.graph.lower.onnxruntime_int8 import lower_int8
 from llmlab.graph.lower.onnxruntime_moe import lower_experts
+from llmlab.graph.lower.onnxruntime_nbits import lower_weight_only
+from llmlab.graph.lower.onnxruntime_norms import fuse_residual_norms
 from llmlab.graph.lower.onnxruntime_products import lower_products, split_products
 from llmlab.graph.lower.onnxruntime_quantized import join_quantized
 from llmlab.graph.lower.weights import defer_weights
@@ -31,7 +34,7 @@ LOWERED_INPUTS = (
 )
 
 
-def lower(graph: Graph, capacity: int) -> Graph:
+def lower(graph: Graph, capacity: int, *, accuracy_level: int = 1) -> Graph:
     """The serving graph, or a piece of it, rewritten for ONNX Runtime's CPU and slots of `capacity` tokens; the given graph
     is not changed.
 
@@ -40,6 +43,8 @@ def lower(graph: Graph, capacity: int) -> Graph:
     offset), `seqlens_k` i32 [R] (keys after the step, minus one), `query_seqlens` i32 [R] (new tokens, 0 for an idle
     slot). Each KV pool becomes `past_key.i` and `past_value.i`
     [R, kv_heads, capacity, channels] (`cache_layout`), to be bound to the same memory as `present_key.i` and `present_value.i`.
+
+    accuracy_level: of products whose weights alone are quantized: 1 computes in float32, 4 rounds activations to int8 by blocks.
     """
     result = graph.copy()
     edit = Editor(result)
@@ -65,8 +70,12 @@ def lower(graph: Graph, capacity: int) -> Graph:
     sort_nodes(surgeon.cleanup())
     split_products(edit, {id(producer(qkv)) for qkv in packed if qkv is not None})
     join_quantized(edit)
+    lower_int8(edit)
+    lower_weight_only(edit, accuracy_level)
     lower_products(edit)
     lower_experts(edit)
+    sort_nodes(surgeon.cleanup())
+    fuse_residual_norms(edit)
     sort_nodes(surgeon.cleanup())
     surgeon.inputs = [t for t in surgeon.inputs if t.outputs or t.name != "position_ids"]
     record_implementation(surgeon, "onnx")

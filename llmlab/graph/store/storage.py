@@ -62,11 +62,17 @@ def loaded(values: np.ndarray | LazyValues) -> np.ndarray:
 
 
 def write_onnx(
-    graph: gs.Graph, folder: Path, model: str = MODEL, weights: str = WEIGHTS, references: References | None = None
+    graph: gs.Graph,
+    folder: Path,
+    model: str = MODEL,
+    weights: str = WEIGHTS,
+    references: References | None = None,
+    written: dict[int, External] | None = None,
 ) -> None:
     """Write `graph` as `folder/model`, every constant over a kilobyte in `folder/weights`.
 
     references: leave what is mapped from a file where it is, and collect these files here.
+    written: where constants lie that an earlier graph in `folder` had as well, by the id of their values; those of this one are added.
     Peak memory is the largest tensor: constants are memory maps or deferred, and each is dropped once written.
     """
     large = [c for c in constants(graph) if c._values.nbytes >= _INLINE]
@@ -80,12 +86,18 @@ def write_onnx(
             if constant._values.nbytes < _INLINE:
                 continue  # one that is deferred is computed where it goes into the protobuf
             advance(int(before.nbytes))
-            if references is not None and (place := references.place(before)) is not None:
-                swap(constant, External(*place, before.nbytes, before.dtype, tuple(before.shape)))
+            if references is not None and (known := references.place(before)) is not None:
+                swap(constant, External(*known, before.nbytes, before.dtype, tuple(before.shape)))
+                continue
+            if written is not None and id(before) in written:
+                swap(constant, written[id(before)])
                 continue
             file.write(b"\0" * (-file.tell() % _ALIGN))
             stored = _stored(before)
-            swap(constant, External(weights, file.tell(), stored.nbytes, np.dtype(before.dtype), tuple(before.shape)))
+            place = External(weights, file.tell(), stored.nbytes, np.dtype(before.dtype), tuple(before.shape))
+            swap(constant, place)
+            if written is not None:
+                written[id(before)] = place
             file.write(stored.data)
             del stored
             release(before)

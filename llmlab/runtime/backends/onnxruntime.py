@@ -17,10 +17,12 @@ from llmlab.machine import physical_cores
 from llmlab.runtime.backends.partition import CostModel
 from llmlab.runtime.backends.slots import SlotPool
 from llmlab.runtime.batch import EngineLimits, StepBatch
-from llmlab.runtime.manifest import MODEL, WEIGHTS, Manifest
+from llmlab.runtime.manifest import MODEL, PREFILL_MODEL, WEIGHTS, Manifest
 
 _MOST_SPANS = 128
 """Ranges of slots whose bindings are kept, the latest used."""
+_MANY_ROWS = 8
+"""Tokens in a run from which on products of integers are faster than those that unpack weights."""
 
 
 @dataclass
@@ -29,6 +31,7 @@ class _Span:
 
     low: int
     high: int
+    session: ort.InferenceSession
     binding: ort.IOBinding
     layout: tuple[object, ...] = ()
     """What the bound buffers were made for."""
@@ -42,7 +45,9 @@ class OnnxRuntimeBackend:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}, expected an integer of at least 1")
         self.threads = threads or physical_cores()
-        self._session = _session(folder / MODEL, self.threads)
+        prefill = manifest.products is not None and bool(manifest.products.prefill)
+        self._session = _session(folder / MODEL, self.threads, shared=prefill)
+        self._many = _session(folder / PREFILL_MODEL, self.threads, shared=True) if prefill else self._session
         self._pool = SlotPool(manifest.kv.layers, num_slots, manifest.kv.capacity, manifest.kv.dtype)
         vocab = self._session.get_outputs()[0].shape[1]
         self.limits = EngineLimits(
@@ -58,7 +63,7 @@ class OnnxRuntimeBackend:
             row=8 * sum(heads * dim for heads, dim in manifest.kv.layers) * (1 + self._group(manifest)),
         )
         self._takes_positions = any(i.name == "position_ids" for i in self._session.get_inputs())
-        self._spans: OrderedDict[tuple[int, int], _Span] = OrderedDict()
+        self._spans: OrderedDict[tuple[int, int, bool], _Span] = OrderedDict()
         self._logits = np.empty((0, self.limits.vocab_size), np.float32)
 
     @staticmethod
@@ -84,7 +89,7 @@ class OnnxRuntimeBackend:
         wanted = slice(*np.searchsorted(batch.logits_index, (tokens.start, tokens.stop)))
         index = batch.logits_index[wanted] - tokens.start
         logits = self._logits[wanted]
-        span = self._span(int(slots.min()), int(slots.max()) + 1)
+        span = self._span(int(slots.min()), int(slots.max()) + 1, tokens.stop - tokens.start >= _MANY_ROWS)
         layout = (starts.tobytes(), slots.tobytes(), index.tobytes(), logits.ctypes.data)
         if span.layout != layout:
             self._lay_out(span, starts, slots, index, logits)
@@ -94,7 +99,7 @@ class OnnxRuntimeBackend:
         if self._takes_positions:
             span.feeds["position_ids"][:] = batch.position_ids[tokens]
         began = time.perf_counter()
-        self._session.run_with_iobinding(span.binding)
+        span.session.run_with_iobinding(span.binding)
         self.run_seconds += time.perf_counter() - began
 
     def _lay_out(
@@ -127,14 +132,16 @@ class OnnxRuntimeBackend:
             span.binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         span.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
 
-    def _span(self, low: int, high: int) -> _Span:
-        """Slots [low, high), their pasts and presents bound to the same memory, so that the update is in place."""
-        if (low, high) in self._spans:
-            self._spans.move_to_end((low, high))
-            return self._spans[low, high]
+    def _span(self, low: int, high: int, many: bool) -> _Span:
+        """Slots [low, high), their pasts and presents bound to the same memory, so that the update is in place; for a run of
+        few rows or of many."""
+        key, session = (low, high, many), self._many if many else self._session
+        if key in self._spans:
+            self._spans.move_to_end(key)
+            return self._spans[key]
         if len(self._spans) >= _MOST_SPANS:
             self._spans.popitem(last=False)
-        binding = self._session.io_binding()
+        binding = session.io_binding()
         for i, layer in enumerate(self._pool.layers):
             for what, half in zip(("key", "value"), layer, strict=True):
                 part = half[low:high]
@@ -143,8 +150,8 @@ class OnnxRuntimeBackend:
                     (binding.bind_output, f"present_{what}.{i}"),
                 ):
                     bind(name, "cpu", 0, part.dtype, part.shape, part.ctypes.data)
-        self._spans[low, high] = _Span(low, high, binding)
-        return self._spans[low, high]
+        self._spans[key] = _Span(low, high, session, binding)
+        return self._spans[key]
 
     def release(self, blocks: Sequence[int]) -> None:
         self._pool.release(blocks)
@@ -153,11 +160,14 @@ class OnnxRuntimeBackend:
         self._spans.clear()
 
 
-def _session(model: Path, threads: int) -> ort.InferenceSession:
+def _session(model: Path, threads: int, *, shared: bool) -> ort.InferenceSession:
+    """shared: another session runs on the same cores in turn with this one, so its threads must not spin between runs."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if shared:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as problem:  # ONNX Runtime raises types of its own, one a status
