@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from llmlab.errors import LlmlabError as LlmlabError
     from llmlab.evaluate.accuracy import evaluate as evaluate
     from llmlab.evaluate.compare import compare as compare
+    from llmlab.evaluate.search import search as search
+    from llmlab.evaluate.sensitivity import sensitivity as sensitivity
     from llmlab.graph.convert import convert as convert
     from llmlab.graph.cut import cut as cut
     from llmlab.graph.edit import Editor as Editor
@@ -57,6 +59,8 @@ _HOME = {
     "Engine": "llmlab.runtime.engine",
     "evaluate": "llmlab.evaluate",
     "compare": "llmlab.evaluate.compare",
+    "sensitivity": "llmlab.evaluate.sensitivity",
+    "search": "llmlab.evaluate.search",
     "LLM": "llmlab.runtime.llm",
     "AsyncLLM": "llmlab.runtime.async_llm",
     "SamplingParams": "llmlab.runtime.params",
@@ -88,6 +92,8 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "SamplingParams",
     "evaluate",
     "compare",
+    "sensitivity",
+    "search",
     "diff",
     "GraphDiff",
     "register_pass",

@@ -12,7 +12,18 @@ from llmlab.cli import options
 
 
 def compare(
-    engines: Annotated[list[str], typer.Argument(help="Engine folders.", metavar="ENGINE...")],
+    engines: Annotated[
+        list[str],
+        typer.Argument(help="Engine folders; or with --recipes a checkpoint or a graph folder.", metavar="ENGINE..."),
+    ],
+    recipes: Annotated[
+        str | None,
+        typer.Option(help="Build engines by these recipes, with commas between them, beside the model as it is."),
+    ] = None,
+    calibration: options.Calibration = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="With --recipes: keep the engines in this folder.")
+    ] = None,
     reference: Annotated[
         Path | None,
         typer.Option(help="Engine folder that the others are held against.", show_default="the first"),
@@ -35,13 +46,31 @@ def compare(
     A row that another one beats in accuracy, speed and size is marked with ×.
 
     **Examples:** `llmlab compare engines/float32 engines/int8 engines/int4`,
-    `llmlab compare engines/int8 --reference engines/float32 --data questions.jsonl --price-per-hour 0.40`
+    `llmlab compare engines/int8 --reference engines/float32 --data questions.jsonl --price-per-hour 0.40`,
+    `llmlab compare tinychat --recipes int8,int4_rtn,int4_awq`
     """
     import llmlab as ll
+    from llmlab.cli import show
+    from llmlab.cli.quantize import serving_graph
+    from llmlab.errors import InputError
 
+    graph, given = None, engines
+    if recipes is not None:
+        if len(engines) != 1:
+            raise InputError(f"--recipes takes one checkpoint or graph folder, got {len(engines)}")
+        given = [str(recipe) for recipe in recipes.split(",")]
+        for recipe in given:  # before a long export
+            ll.Recipe.parse(recipe)
+        with show.working("opening the source") as now:
+            graph = serving_graph(engines[0], now, config=None, weights_from=None, trust_remote_code=False)
+    elif output is not None or calibration is not None:
+        raise InputError("--output and --calibration go with --recipes")
     found = ll.compare(
-        engines,
+        given,
         data,
+        graph=graph,
+        calibration=calibration,
+        folder=output,
         reference=reference,
         samples=samples,
         length=length,

@@ -15,6 +15,7 @@ from llmlab.evaluate.costs import Cost, measure_costs
 from llmlab.evaluate.metrics import Estimate, divergence, first_difference, ratio, share, surprise
 from llmlab.evaluate.reference import Reference, greedy, load, logits, opened, read
 from llmlab.evaluate.samples import Data, Sample
+from llmlab.quant.recipe import Recipe
 from llmlab.runtime.engine import Engine
 from llmlab.runtime.llm import LLM
 
@@ -158,7 +159,13 @@ def evaluate(
         given = reference.samples if reference else read(engine, data or "tinychat", samples, length, seed)
         measured = accuracy(engine, given, reference, seed=seed, threads=threads, progress=progress)
     cost = measure_costs(engine, threads=threads, price_per_hour=price_per_hour) if costs else None
-    return Evaluation(engine.path.name, engine.manifest.target, engine.manifest.precision, measured, cost)
+    return Evaluation(engine.path.name, engine.manifest.target, precision(engine), measured, cost)
+
+
+def precision(engine: Engine) -> str:
+    """What the engine was built in, and what it was quantized with."""
+    m = engine.manifest
+    return f"{m.precision}, {Recipe.parse(m.recipe)}" if m.recipe else m.precision
 
 
 def accuracy(
@@ -195,7 +202,7 @@ def accuracy(
         len(given),
         int(tokens.sum()),
         kl=ratio(sums["kl"], tokens, seed=seed) if reference else None,
-        top1=ratio(sums["same"], tokens, seed=seed) if reference else None,
+        top1=share(sums["same"], tokens, seed=seed) if reference else None,
         bits_per_byte=ratio(sums["bits"], sizes, seed=seed) if sum(sizes) else None,
         exact_match={task: share(hits, seed=seed) for task, hits in right.items()},
     )

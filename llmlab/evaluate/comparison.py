@@ -36,6 +36,8 @@ class _Column:
     head: str
     long: str
     cell: Callable[[Evaluation], tuple[str, str]]
+    narrow: bool = True
+    """Whether a terminal has room for it."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class Comparison:
 
         parts: list[RenderableType] = []
         for title, columns in self._tables():
+            columns = [column for column in columns if column.narrow]
             if not columns:
                 continue
             table = Table(title=plain(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
@@ -170,11 +173,13 @@ class Comparison:
         return {"text/plain": str(self), "text/html": f"<div>{tables}{notes}{svg(self.points)}</div>"}
 
 
-def _estimate(pick: Callable[[Evaluation], Estimate | None], form: str) -> Callable[[Evaluation], tuple[str, str]]:
-    """The mean, and its interval in the same digits; of shares without the sign."""
+def _estimate(
+    pick: Callable[[Evaluation], Estimate | None], form: str, ends: str = ""
+) -> Callable[[Evaluation], tuple[str, str]]:
+    """The mean, and its interval in the same digits, or those of `ends`; of shares without the sign."""
 
     def bound(value: float) -> str:
-        return f"{value:{form}}".rstrip("%")
+        return f"{value:{ends or form}}".rstrip("%")
 
     def cell(found: Evaluation) -> tuple[str, str]:
         estimate = pick(found)
@@ -207,9 +212,9 @@ def _speed(pick: Callable[[Any], float], form: str, batch: int) -> Callable[[Eva
 _ACCURACY = [
     _Column("KL", "KL, nats a token", _estimate(lambda e: e.accuracy.kl, ".2g")),
     _Column("top-1", "same most likely token", _estimate(lambda e: e.accuracy.top1, ".1%")),
-    _Column("bits/byte", "bits a byte", _estimate(lambda e: e.accuracy.bits_per_byte, ".2g")),
+    _Column("bits/byte", "bits a byte", _estimate(lambda e: e.accuracy.bits_per_byte, ".2g", ".1g")),
     _Column("answers\nexact", "exact match", _estimate(lambda e: e.accuracy.exact_match.get("all"), ".0%")),
-    _Column("answers\nthe same", "same greedy answer", _estimate(lambda e: e.accuracy.same_answer, ".0%")),
+    _Column("", "same greedy answer", _estimate(lambda e: e.accuracy.same_answer, ".0%"), narrow=False),
     _Column("tokens\nthe same", "tokens before a difference", _estimate(lambda e: e.accuracy.first_difference, ".1f")),
 ]
 _COST = [

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmlab.errors import EngineError, InputError
+from llmlab.quant.recipe import Recipe
 from llmlab.runtime.engine import Engine
 from llmlab.runtime.manifest import Manifest
 from llmlab.speed import BenchRow
@@ -122,6 +123,11 @@ def unfit(manifest: Manifest) -> str:
         return (
             f"{manifest.target} keeps keys and values that are rounded to {manifest.kv.rounding} in {manifest.kv.dtype}"
         )
+    if manifest.target == "onnxruntime" and manifest.recipe:
+        recipe = Recipe.parse(manifest.recipe)
+        parts = [recipe.weights, recipe.activations, *(p for o in recipe.layers for p in (o.weights, o.activations))]
+        if any(part is not None and part.dtype == "fp8" for part in parts):
+            return f"{manifest.target} rounds to fp8 exactly, and computes in float32"
     return ""
 
 

@@ -32,7 +32,8 @@ class Estimate:
         """`0.0123 (0.0101–0.0150)`."""
         if self.low is None or self.high is None:
             return f"{self.value:{form}}"
-        return f"{self.value:{form}} ({self.low:{form}}–{self.high:{form}})"
+        low, high = (f"{end:{form}}".rstrip("%") for end in (self.low, self.high))
+        return f"{self.value:{form}} ({low}–{high})"
 
 
 def ratio(parts: ArrayLike, wholes: ArrayLike, *, seed: int = 0) -> Estimate:
@@ -54,14 +55,18 @@ def ratio(parts: ArrayLike, wholes: ArrayLike, *, seed: int = 0) -> Estimate:
     return Estimate(value, float(low), float(high), count)
 
 
-def share(hits: ArrayLike, *, seed: int = 0) -> Estimate:
-    """The share of samples that are true. Where all or none are, resampling knows of nothing else, and the interval ends
-    where the rule of three has it (Hanley and Lippman-Hand 1983): 3/n away."""
+def share(hits: ArrayLike, of: ArrayLike | None = None, *, seed: int = 0) -> Estimate:
+    """The share of samples that are true, or with `of` of a sequence's tokens: hits of so many.
+
+    Where all or none are true, resampling knows of nothing else, and the interval ends where the rule of three has it (Hanley
+    and Lippman-Hand 1983): 3/n away, as if tokens were independent.
+    """
     right = np.asarray(hits, np.float64)
-    found = ratio(right, np.ones_like(right), seed=seed)
+    wholes = np.ones_like(right) if of is None else np.asarray(of, np.float64)
+    found = ratio(right, wholes, seed=seed)
     if found.count < 2 or 0 < found.value < 1:
         return found
-    reach = min(1.0, 3 / found.count)
+    reach = min(1.0, 3 / float(wholes.sum()))
     return Estimate(found.value, max(0.0, found.value - reach), min(1.0, found.value + reach), found.count)
 
 

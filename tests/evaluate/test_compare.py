@@ -110,6 +110,27 @@ def test_an_engine_that_fails_takes_only_its_own_row(engines: dict[str, Path], t
     assert "ONNX Runtime" in found.rows[1].problem and "damaged: " in str(found)
 
 
+def test_recipes_beside_the_graph_as_it_is(store: Store, tmp_path: Path, engines: dict[str, Path]) -> None:
+    graph = store.serving("llama")
+    wide = {"small head": {"base": "int8", "layers": {"head": "int8"}}, "int8": "int8", "fp16": "fp16"}
+    found = ll.compare(wide, IDS, graph=graph, folder=tmp_path, threads=1, costs=False, progress=False)
+    assert [row.name for row in found.rows] == [
+        "float32",
+        "small head",
+        "int8",
+        "fp16",
+    ] and found.reference == "float32"
+    kls = [found[name].accuracy.kl for name in ("float32", "int8", "small head")]
+    assert kls[0] is not None and kls[1] is not None and kls[2] is not None
+    assert 0 == kls[0].value < kls[1].value < kls[2].value
+    assert "onnxruntime computes in float32" in found.rows[3].problem and found.rows[3].found is None
+    assert found["int8"].precision.startswith("float32, int8: int8 per channel")
+    again = ll.compare([tmp_path / "as it is", tmp_path / "int8"], IDS, threads=1, costs=False)
+    assert again["int8"].accuracy == found["int8"].accuracy
+    with pytest.raises(InputError, match="no recipe is named 'int9'"):
+        ll.compare(["int8", "int9"], IDS, graph=graph)
+
+
 def test_marks_data_and_notes() -> None:
     assert COMPARISON.beaten == {"int8": "int8_smoothquant"}, (
         "fp8 is neither beaten nor does it beat: its speed doesn't count"
@@ -170,5 +191,20 @@ def test_the_verb(engines: dict[str, Path], tmp_path: Path) -> None:
     assert data["kind"] == "comparison" and data["rows"][1]["accuracy"]["kl"]["value"] > 0
     shown = CliRunner().invoke(cli.app, command)
     assert shown.exit_code == 0 and "noise" in shown.output and "top-1" in shown.output
-    refused = CliRunner().invoke(cli.app, ["compare", "nowhere"])
-    assert refused.exit_code == 2
+    for refused in (
+        ["nowhere"],
+        ["a", "b", "--recipes", "int8"],
+        ["a", "-o", "b"],
+        ["nowhere", "--recipes", "int9"],
+    ):
+        assert CliRunner().invoke(cli.app, ["compare", *refused]).exit_code == 2
+
+
+def test_the_verb_with_recipes(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, IDS)))
+    store.serving("llama").save(tmp_path / "graph")
+    command = ["compare", str(tmp_path / "graph"), "--recipes", "int8", "--data", str(tmp_path / "ids.jsonl"), "--json"]
+    done = CliRunner().invoke(cli.app, [*command, "--no-costs", "--threads", "1", "-o", str(tmp_path / "kept")])
+    assert done.exit_code == 0, done.output
+    assert [row["name"] for row in json.loads(done.stdout)["rows"]] == ["float32", "int8"]
+    assert ll.Engine.load(tmp_path / "kept" / "int8").manifest.recipe

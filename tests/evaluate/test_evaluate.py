@@ -13,9 +13,10 @@ from conftest import Store
 import llmlab as ll
 from llmlab.errors import EngineError, InputError
 from llmlab.evaluate.accuracy import Evaluation
-from llmlab.evaluate.costs import Cost, measure_costs
+from llmlab.evaluate.costs import Cost, measure_costs, unfit
 from llmlab.evaluate.energy import EnergyMeter
 from llmlab.evaluate.reference import Reference
+from llmlab.runtime.manifest import KVLayout, Limits, Manifest
 from llmlab.zoo.tasks import examples
 
 IDS = [np.random.default_rng(n).integers(3, 96, 5 + 6 * n).tolist() for n in range(6)]
@@ -152,6 +153,20 @@ def test_a_process_that_fails_is_one_line(altered: dict[str, Path], tmp_path: Pa
     (copy / "weights.bin").write_bytes(b"")
     with pytest.raises(EngineError, match=r"measuring its costs failed: .*weights.bin: 0 bytes"):
         measure_costs(engine)
+
+
+def manifest(target: str, **recipe: object) -> Manifest:
+    kv = KVLayout("slots", "float32", 64, ((1, 8),))
+    return Manifest(target, "float32", {}, kv, Limits(8, 8), recipe=recipe)
+
+
+def test_whose_speed_says_nothing() -> None:
+    fp8 = {"weights": {"dtype": "fp8"}}
+    assert "fp8" in unfit(manifest("onnxruntime", **fp8)) and unfit(manifest("tensorrt", **fp8)) == ""
+    assert "fp8" in unfit(manifest("onnxruntime", weights={"dtype": "int8"}, layers={"*.down_proj": fp8}))
+    assert (
+        unfit(manifest("onnxruntime", weights={"dtype": "int4", "group": 32})) == unfit(manifest("onnxruntime")) == ""
+    )
 
 
 def counters(folder: Path, **values: str) -> None:

@@ -112,6 +112,7 @@ def test_intervals_cover_the_truth_and_those_over_tokens_would_not() -> None:
 def test_shares_of_nothing_or_all_are_not_certain() -> None:
     assert share([True] * 10) == Estimate(1.0, 0.7, 1.0, 10)
     assert share([False] * 2) == Estimate(0.0, 0.0, 1.0, 2)
+    assert share([5.0, 15.0], [5, 15]) == Estimate(1.0, 0.85, 1.0, 2), "of 20 tokens"
     some = share([True, False] * 20)
     assert some.value == 0.5 and some.low is not None and 0.3 < some.low < 0.45
     assert some.show(".1%").startswith("50.0% (")
