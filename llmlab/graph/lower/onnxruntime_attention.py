@@ -1,7 +1,7 @@
 """PagedAttention → GroupQueryAttention of ONNX Runtime's CPU, which does in-flight batching over slots.
 
 It takes window, softcap, sinks and most RoPE as they are. What it lacks is brought into a form that it has: RoPE of other
-sizes becomes a node in front of it, odd heads are filled up with zeros, and ALiBi becomes one more channel of each head.
+sizes becomes a node in front of it, odd heads are filled up with zeros, and ALiBi becomes more channels of each head.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from llmlab.graph.graph import KVLayer
 from llmlab.graph.lower.onnxruntime_cache import SlotCache
 
 _DOMAIN = "com.microsoft"
-_WIDTH_STEP = 8  # channels of a head come in multiples of this
 _ROTARY_STEP = 16  # and of this where the operator turns them itself; the channels that turn do as well
 _ALIBI_SLOPES, _SINKS = 10, 11  # inputs of PagedAttention
 _HEAD_SINK, _QUERY_SEQLENS = 11, 16  # inputs of GroupQueryAttention: a logit per head, new tokens of each row
@@ -41,16 +40,18 @@ class AttentionLowering:
         split = producer(node.inputs[0], "Split")
         if split is None or [id(t) for t in split.outputs] != [id(t) for t in node.inputs[:3]]:
             return None
-        if SlotCache(self._edit, node, KVLayer.of(node), _width(node)).rounds:
+        cache = self._cache(node)
+        if cache.rounds or cache.width != node.attrs["head_dim"]:
             return None
-        if _width(node) != node.attrs["head_dim"] or not (_turns_inside(node) or operand(node, 8) is None):
+        if not (_turns_inside(node, cache.width) or operand(node, 8) is None):
             return None
         return split.inputs[0] if all(len(t.outputs) == 1 for t in split.outputs) else None
 
     def lower(self, node: gs.Node, qkv: gs.Tensor | None, layer: int) -> None:
         """Replace `node`, with q, k and v in one where `packed_qkv` found them, and its KV pool by that of `layer`."""
         edit, where, attrs = self._edit, scope(node), node.attrs
-        heads, kv_heads, dim, width = attrs["num_heads"], attrs["kv_num_heads"], attrs["head_dim"], _width(node)
+        cache = self._cache(node)
+        heads, kv_heads, dim, width = attrs["num_heads"], attrs["kv_num_heads"], attrs["head_dim"], cache.width
         dtype = np.dtype(node.inputs[0].dtype)
         if dtype != np.float32:
             raise UnsupportedModelError(
@@ -60,14 +61,8 @@ class AttentionLowering:
             raise UnsupportedModelError(
                 f"{node.name}: ALiBi beside a softcap or sinks, which ONNX Runtime's attention can't do"
             )
-        cache = SlotCache(edit, node, KVLayer.of(node), width)
-        if operand(node, _ALIBI_SLOPES) is not None and cache.dtype != "float32":
-            raise UnsupportedModelError(
-                f"{node.name}: ALiBi over a KV cache in {cache.dtype}, which positions don't fit into on ONNX Runtime: leave the "
-                "KV cache wide, or build for tensorrt"
-            )
-        turns = _turns_inside(node) and not cache.rounds
-        rows = [qkv] if qkv is not None else self._shaped(node, turns, width, cache)
+        turns = _turns_inside(node, width) and not cache.rounds
+        rows = [qkv] if qkv is not None else self._shaped(node, turns, cache)
         unpacked: list[gs.Tensor | None] = [
             edit.add(
                 "Gather",
@@ -120,14 +115,18 @@ class AttentionLowering:
         edit.replace(node.outputs[0], self._cut(where, packed, heads, width, dim))
         node.outputs.clear()
 
-    def _shaped(self, node: gs.Node, turns: bool, width: int, cache: SlotCache) -> list[gs.Tensor]:
-        """q, k, v [T, heads · width], turned unless the operator does it, with zeros and ALiBi's channel behind each head; k and
+    def _cache(self, node: gs.Node) -> SlotCache:
+        return SlotCache(self._edit, node, KVLayer.of(node), self._capacity, operand(node, _ALIBI_SLOPES) is not None)
+
+    def _shaped(self, node: gs.Node, turns: bool, cache: SlotCache) -> list[gs.Tensor]:
+        """q, k, v [T, heads · width], turned unless the operator does it, with zeros and ALiBi's channels behind each head; k and
         v are rounded where the operator can't.
 
         The bias slope · (key − query) is, up to a constant for each query, which a softmax without a sink doesn't see, the
-        product of one channel: slope / scale in q, the key's position in k, nothing in v.
+        product of one channel: slope / scale in q, the key's position in k, nothing in v. Where a cache holds small integers, the
+        position lies there in digits, a channel each, and q has slope / scale times what the digit counts.
         """
-        attrs, where, dim = node.attrs, scope(node), node.attrs["head_dim"]
+        attrs, where, dim, width = node.attrs, scope(node), node.attrs["head_dim"], cache.width
         rows: list[gs.Tensor] = list(node.inputs[:3])
         heads = [attrs["num_heads"], attrs["kv_num_heads"], attrs["kv_num_heads"]]
         if operand(node, 8) is not None and not turns:
@@ -143,19 +142,33 @@ class AttentionLowering:
         ]
         slopes = value(operand(node, _ALIBI_SLOPES))
         if slopes is not None:
-            channel = np.zeros((1, 1, width), np.float32)
-            channel[..., dim] = 1
-            weights = slopes.astype(np.float32).reshape(1, -1, 1) / attrs["scale"] * channel
-            position = self._edit.add(
-                "Cast", where, [self._indices["position_ids"]], {"to": 1}, dtype=_F32, shape=["T"]
+            places = cache.places
+            weights = np.zeros((1, attrs["num_heads"], width), np.float32)
+            weights[..., dim : dim + len(places)] = (
+                slopes.astype(np.float32).reshape(1, -1, 1) / attrs["scale"] * places
             )
-            column = self._reshape(where, position, [-1, 1, 1])
-            of_key = self._edit.constant(f"{where}/position_channel", channel)
-            of_query = self._edit.constant(f"{where}/slope_channel", weights.astype(np.float32))
-            placed = self._edit.add("Mul", where, [column, of_key], dtype=_F32, shape=["T", 1, width])
+            of_query = self._edit.constant(f"{where}/slope_channels", weights)
+            placed = self._positions(where, dim, cache)
             for i, extra in enumerate((of_query, placed)):
                 wide[i] = self._edit.add("Add", where, [wide[i], extra], dtype=_F32, shape=["T", heads[i], width])
         return [self._reshape(where, t, [0, n * width]) for t, n in zip(wide, heads, strict=True)]
+
+    def _positions(self, where: str, dim: int, cache: SlotCache) -> gs.Variable:
+        """Keys' positions [T, 1, width] in the channels behind `dim`: one number, or digits where a cache's numbers are small."""
+        positions, width = self._indices["position_ids"], cache.width
+        if len(cache.places) == 1:
+            wide = self._edit.add("Cast", where, [positions], {"to": 1}, dtype=_F32, shape=["T"])
+            column = self._reshape(where, wide, [-1, 1, 1])
+            channel = np.zeros((1, 1, width), np.float32)
+            channel[..., dim] = 1
+            of_key = self._edit.constant(f"{where}/position_channel", channel)
+            return self._edit.add("Mul", where, [column, of_key], dtype=_F32, shape=["T", 1, width])
+        table = np.zeros((self._capacity, 1, width), np.float32)
+        table[:, 0, dim : dim + len(cache.places)] = (
+            np.arange(self._capacity)[:, None] // np.array(cache.places, int) % int(cache.places[1])
+        )
+        given = self._edit.constant(f"{where}/position_digits", table)
+        return self._edit.add("Gather", where, [given, positions], {"axis": 0}, dtype=_F32, shape=["T", 1, width])
 
     def _turned(self, node: gs.Node, rows: gs.Tensor, heads: int) -> gs.Tensor:
         """RoPE of rows [T, heads · dim] as a node of its own."""
@@ -199,13 +212,7 @@ class AttentionLowering:
         return self._edit.add("Reshape", where, [tensor, sizes], dtype=tensor.dtype, shape=shape)
 
 
-def _width(node: gs.Node) -> int:
-    """Channels of a head in the operator and in its cache."""
-    needed = node.attrs["head_dim"] + (operand(node, _ALIBI_SLOPES) is not None)
-    return -(-needed // _WIDTH_STEP) * _WIDTH_STEP
-
-
-def _turns_inside(node: gs.Node) -> bool:
-    """Whether the operator can do the node's RoPE."""
+def _turns_inside(node: gs.Node, width: int) -> bool:
+    """Whether the operator, with heads of `width` channels, can do the node's RoPE."""
     cos = operand(node, 8)
-    return cos is not None and _width(node) % _ROTARY_STEP == 0 and 2 * int(cos.shape[1]) % _ROTARY_STEP == 0
+    return cos is not None and width % _ROTARY_STEP == 0 and 2 * int(cos.shape[1]) % _ROTARY_STEP == 0

@@ -16,6 +16,8 @@ from llmlab.kernels.kv_cache import BITS, per_channel
 K_SCALE, V_SCALE = 12, 13
 """Inputs of PagedAttention, and of GroupQueryAttention as well."""
 _F32 = np.dtype(np.float32)
+_WIDTH_STEP = 8  # channels of a head come in multiples of this
+_BASES = {"int8": 128, "int4": 8}
 _HELD = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}
 
 
@@ -26,12 +28,27 @@ class SlotCache:
     edit: Editor
     node: gs.Node
     layer: KVLayer
-    width: int
-    """Channels of a head in the operator, those that fill it up included."""
+    capacity: int
+    """Tokens of a slot."""
+    alibi: bool
+    """Whether positions lie beside the keys."""
 
     @property
     def dtype(self) -> str:
         return self.layer.dtype.name if self.layer.dtype.name in _HELD else "float32"
+
+    @property
+    def places(self) -> tuple[float, ...]:
+        """What each channel that holds a position counts: 1, or for numbers of few bits the powers of a base that they reach."""
+        if not self.alibi:
+            return ()
+        base = _BASES.get(self.dtype, self.capacity)
+        return tuple(float(base**i) for i in range(32) if i == 0 or base**i < self.capacity)
+
+    @property
+    def width(self) -> int:
+        """Channels of a head in the operator: positions come behind the keys, and zeros fill it up."""
+        return -(-(self.layer.head_dim + len(self.places)) // _WIDTH_STEP) * _WIDTH_STEP
 
     @property
     def rounds(self) -> bool:
@@ -81,9 +98,8 @@ class SlotCache:
     def _scales(self) -> list[np.ndarray]:
         """One number where all are the same, else one for each channel [1, kv_heads, 1, width]."""
         found = [self._by_channel(index, self.width) for index in (K_SCALE, V_SCALE)]
-        return [
-            s[:1, 0] if (s[:, : self.layer.head_dim] == s[0, 0]).all() else s.reshape(1, len(s), 1, -1) for s in found
-        ]
+        real = self.width if self.alibi else self.layer.head_dim  # a position's scale is 1
+        return [s[:1, 0] if (s[:, :real] == s[0, 0]).all() else s.reshape(1, len(s), 1, -1) for s in found]
 
     def _by_channel(self, index: int, width: int) -> np.ndarray:
         """[kv_heads, width]; channels that are always zero have scale 1."""

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import steps
 from attention_forms import FORMS, LARGE, PLAN, VOCAB, form, quantized, reference, worst
+from small_graphs import run
 from steps import PREEMPTED, PREEMPTED_SLOTS, RAGGED, Plan
 
 from llmlab.build import build
-from llmlab.errors import InputError, UnsupportedModelError
+from llmlab.errors import InputError
 from llmlab.evaluate.costs import unfit
 from llmlab.graph.graph import Graph
+from llmlab.graph.lower.onnxruntime import lower
 from llmlab.quant.kv_scales import CACHES, Scales, place_scales
 from llmlab.runtime.batch import BlockCopy
 from llmlab.runtime.engine import Engine
@@ -37,6 +39,9 @@ KINDS = [
     ("sinks, window, softcap, rope", "fp8", "channel"),
     ("rope", "fp8", "tensor"),
     ("alibi, odd head", "fp8", "head"),
+    ("alibi", "int8", "tensor"),
+    ("alibi, odd head", "int8", "channel"),
+    ("alibi, rope, window", "int4", "head"),
     ("head of 64", "int4", "head"),
 ]
 
@@ -124,10 +129,23 @@ def test_a_saved_graph_keeps_its_cache(tmp_path: Path) -> None:
     assert worst(reference(again), reference(graph)) == 0
 
 
-def test_alibi_over_an_integer_cache_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="m/PagedAttention: ALiBi over a KV cache in int8"):
-        build(quantized(FORMS["alibi"], "int8", "tensor"), tmp_path / "e")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(("cache", "digits"), [("int8", 2), ("int4", 5)])
+def test_far_positions_lie_in_the_cache_as_digits(cache: str, digits: int) -> None:
+    """ALiBi's channels: what a digit counts, times slope / scale in q, makes the whole position; each fits into the cache."""
+    graph = quantized({"alibi": True, "kv_heads": 4}, cache, "head")
+    lowered = lower(graph, capacity=9216)
+    node = next(n for n in lowered.surgeon.nodes if n.op == "GroupQueryAttention")
+    assert (node.attrs["k_quant_type"], node.inputs[12].shape) == ("PER_CHANNEL", (1, 4, 1, 24))
+    np.testing.assert_array_equal(node.inputs[12].values[..., 16:], 1)
+    q, k = (t.inputs[0].inputs[0] for t in node.inputs[:2])
+    lowered.surgeon.inputs, lowered.surgeon.outputs = lowered.surgeon.inputs[:2], [q, k]
+    lowered.surgeon.cleanup()
+    positions = np.array([0, 1, 127, 128, 8000, 9215])
+    q, k = (a.reshape(6, 4, 24) for a in run(lowered, {"input_ids": np.arange(3, 9), "position_ids": positions}))
+    assert not k[..., 16 + digits :].any() and k[..., 16:].max() < {"int8": 128, "int4": 8}[cache]
+    bias = np.einsum("qhc,khc->hqk", q[..., 16:], k[..., 16:]) * 0.3
+    expected = 0.5 ** np.arange(1, 5).reshape(-1, 1, 1) * np.ones((4, 6, 1)) * positions
+    np.testing.assert_allclose(bias, expected, rtol=1e-5)
 
 
 def test_scales_that_are_none_are_refused() -> None:
