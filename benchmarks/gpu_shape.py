@@ -5,7 +5,7 @@
     python benchmarks/gpu_transformers.py FOLDER [--json FILE]                                         # beside it: torch
 
 `prepare` exports and optimizes a checkpoint whose weights are holes in a file, and compiles the kernels; FOLDER is then a few
-MB. `run` fills the checkpoint with random weights, builds an fp16 engine and measures: `--batch` sequences of 128 tokens in
+MB; `kernels` compiles them again. `run` fills the checkpoint with random weights, builds an fp16 engine and measures: `--batch` sequences of 128 tokens in
 and 128 out, 256 requests of mixed lengths in flight against static batches, then a decode step of each batch size, part by
 part, beside the time that reading the weights once would take. `--layers` measures a model of fewer layers, whose steps say
 what one layer costs.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -54,15 +55,11 @@ def config(given: argparse.Namespace, seq: int, capability: tuple[int, int] | No
 
 
 def prepare(folder: Path, work: Path, given: argparse.Namespace) -> None:
-    from llmlab.build_tensorrt import kernels_for
-
-    major, minor = map(int, given.capability.split("."))
     sizes = sizes_of(given.shape) | ({} if given.layers is None else {"num_hidden_layers": given.layers})
     folder.mkdir(parents=True, exist_ok=True)
     graph = ll.optimize(ll.export(write_checkpoint(work / "checkpoint", sizes, "float16")))
     graph.save(folder / "graph", overwrite=True, copy_weights=False)
-    (folder / "kernels").mkdir(exist_ok=True)
-    kernels_for(graph, config(given, given.max_seq_len, (major, minor))).write(folder / "kernels")
+    compile_into(folder, graph, given, given.max_seq_len)
     files = {p.name: p.stat().st_mtime_ns for p in (work / "checkpoint").iterdir()}
     facts = {
         "shape": given.shape,
@@ -74,8 +71,25 @@ def prepare(folder: Path, work: Path, given: argparse.Namespace) -> None:
     (folder / "shape.json").write_text(json.dumps(facts))
 
 
-def fill(facts: dict[str, Any]) -> Path:
-    """The checkpoint that the graph refers to, now with random weights; its files have the sizes and times that they had.
+def compile_into(folder: Path, graph: ll.Graph, given: argparse.Namespace, seq: int) -> None:
+    from llmlab.build_tensorrt import kernels_for
+
+    major, minor = map(int, given.capability.split("."))
+    made = kernels_for(graph, config(given, seq, (major, minor)))
+    shutil.rmtree(folder / "kernels", ignore_errors=True)
+    (folder / "kernels").mkdir()
+    made.write(folder / "kernels")
+
+
+def compile_again(folder: Path, given: argparse.Namespace) -> None:
+    """The kernels of a prepared folder, with this llmlab; the checkpoint's sizes are enough."""
+    facts = json.loads((folder / "shape.json").read_text())
+    checkpoint = fill(facts, random=False)
+    compile_into(folder, ll.Graph.load(folder / "graph", weights_from=checkpoint), given, facts["seq"])
+
+
+def fill(facts: dict[str, Any], *, random: bool = True) -> Path:
+    """The checkpoint that the graph refers to, now with random weights (or none); its files have the sizes and times that they had.
 
     Matrices are cut out of one block of random numbers: drawing billions takes minutes, and nothing here reads them.
     """
@@ -83,10 +97,11 @@ def fill(facts: dict[str, Any]) -> Path:
     if not checkpoint.exists():
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         write_checkpoint(checkpoint, facts["sizes"], "float16")
-        random = np.random.default_rng(0)
-        block = (random.standard_normal((1 << 24) + 12345, np.float32) * np.float32(STD)).astype(np.float16)
+        block = (np.random.default_rng(0).standard_normal((1 << 24) + 12345, np.float32) * np.float32(STD)).astype(
+            np.float16
+        )
         for name in facts["files"]:
-            stored = read_safetensors(checkpoint / name) if name.endswith(".safetensors") else {}
+            stored = read_safetensors(checkpoint / name) if random and name.endswith(".safetensors") else {}
             for tensor in stored.values():
                 values = np.memmap(checkpoint / name, tensor.dtype, "r+", tensor.offset, tensor.shape).reshape(-1)
                 for start in range(0, values.size, block.size):
@@ -121,6 +136,7 @@ def dissect(backend: Any, batch: int, context: int, weights: int) -> dict[str, A
         "eager_ms": profile.eager_ms,
         "parts_ms": profile.total("part"),
         "products_ms": profile.total("product"),
+        "norms_ms": profile.total("norm"),
         "attention_ms": profile.total("attention"),
         "weights_ms": weights / BANDWIDTH * 1e3,
         "of_bandwidth": weights / BANDWIDTH * 1e3 / profile.step_ms,
@@ -202,7 +218,7 @@ def run(folder: Path, work: Path, given: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "run"))
+    parser.add_argument("what", choices=("prepare", "kernels", "run"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", default="llama-2-7b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
@@ -226,6 +242,8 @@ def main() -> None:
         work = given.work or Path(temporary)
         if given.what == "prepare":
             prepare(given.folder, work, given)
+        elif given.what == "kernels":
+            compile_again(given.folder, given)
         else:
             run(given.folder, work, given)
 

@@ -8,22 +8,24 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from llmlab.errors import EngineError
-from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered
+from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered, Normalize
 from llmlab.kernels.binaries import KernelSet
 from llmlab.kernels.compile import (
     attention_sources,
     compile_kernels,
     feed_source,
+    norm_source,
     sampling_sources,
 )
 from llmlab.kernels.gpu.geometry import AttentionVariant
+from llmlab.kernels.gpu.launch_norm import NormKind
 from llmlab.kernels.gpu.launch_product import ProductKind
 from llmlab.kernels.product_sources import product_sources
 from llmlab.kernels.source import KernelSource
 from llmlab.progress import make_bar
 from llmlab.runtime import program as run
 from llmlab.runtime.backends.tensorrt.attention import variant_of
-from llmlab.runtime.backends.tensorrt.products import kind_of
+from llmlab.runtime.backends.tensorrt.rows import norm_kind, product_kind
 from llmlab.runtime.manifest import KVLayout
 from llmlab.tensorrt.attention_node import AttentionNode
 
@@ -51,7 +53,8 @@ def to_program(lowered: Lowered) -> run.Program:
             views = {name: run.View(**asdict(getattr(part, name))) for name in ("q", "k", "v")}
             steps.append(run.Attend(**{**vars(part), **views}))
         else:
-            steps.append(run.Multiply(**{**vars(part), "x": run.View(**asdict(part.x))}))
+            kind = run.Normalize if isinstance(part, Normalize) else run.Multiply
+            steps.append(kind(**{**vars(part), "x": run.View(**asdict(part.x))}))
     return run.Program(tensors, tuple(steps), weights)
 
 
@@ -61,6 +64,7 @@ class Kernels:
 
     attention: tuple[AttentionVariant, ...]
     products: tuple[ProductKind, ...]
+    norms: tuple[NormKind, ...]
     vocab: int
     max_rows: int
     """Of a step."""
@@ -68,13 +72,15 @@ class Kernels:
     @classmethod
     def of(cls, lowered: Lowered, program: run.Program, kv: KVLayout, max_rows: int) -> Kernels:
         variants = dict.fromkeys(_variants(lowered, program, kv))
-        kinds = dict.fromkeys(kind_of(step, program) for step in program.steps if isinstance(step, run.Multiply))
-        return cls(tuple(variants), tuple(kinds), program.tensors["logits"].width, max_rows)
+        kinds = dict.fromkeys(product_kind(step, program) for step in program.steps if isinstance(step, run.Multiply))
+        norms = dict.fromkeys(norm_kind(step, program) for step in program.steps if isinstance(step, run.Normalize))
+        return cls(tuple(variants), tuple(kinds), tuple(norms), program.tensors["logits"].width, max_rows)
 
     def sources(self) -> list[KernelSource]:
         attention = (source for variant in self.attention for source in attention_sources(variant))
         products = (source for kind in self.products for source in product_sources(kind, self.max_rows))
-        return [*attention, *products, *sampling_sources(self.vocab), feed_source()]
+        norms = (norm_source(kind) for kind in self.norms)
+        return [*attention, *products, *norms, *sampling_sources(self.vocab), feed_source()]
 
 
 def compile_for(needed: Iterable[Kernels], capabilities: Iterable[tuple[int, int]]) -> KernelSet:

@@ -18,11 +18,12 @@ import onnxruntime as ort
 import pytest
 from fake_driver import installed
 from host_driver import HostDriver, view
-from lowered import product
+from lowered import norm, product
 
 from llmlab.kernels.attention import AttentionPointers
 from llmlab.kernels.binaries import KernelSet
 from llmlab.kernels.gpu.geometry import AttentionKind
+from llmlab.kernels.norms import NormPointers
 from llmlab.kernels.products import ProductPointers
 from llmlab.kernels.reference import paged_attention
 from llmlab.runtime.params import SamplingParams
@@ -285,6 +286,27 @@ def fake_product(driver: HostDriver) -> type:
     return Product
 
 
+def fake_norm(driver: HostDriver) -> type:
+    """`RowNorm` in NumPy."""
+
+    class Norm:
+        def __init__(self, kernels: KernelSet, device: Any, kind: Any) -> None:
+            self.kind = kind
+
+        def enqueue(self, stream: Any, pointers: NormPointers, *, rows: int) -> None:
+            p = NormPointers(**vars(pointers))
+            driver.enqueue(lambda: self.run(p, rows))
+
+        def run(self, p: NormPointers, rows: int) -> None:
+            kind = self.kind
+            x = view(p.x, (rows, kind.width), _plain(kind.dtype), p.x_stride)
+            weight = view(p.weight, (kind.width,), _plain(kind.weight_dtype))
+            with np.errstate(all="ignore"):
+                view(p.out, (rows, kind.width), _plain(kind.out_dtype))[...] = norm(x, weight, kind.epsilon)
+
+    return Norm
+
+
 def fake_sampler(driver: HostDriver) -> type:
     """`TokenSampler` on `runtime.sampler.draw`."""
 
@@ -352,7 +374,8 @@ def fake_gpu(free: int = 1 << 30, capability: tuple[int, int] = (9, 0)) -> Itera
         patch.setattr(f"{runtime}.attention.AttentionVariant", FakeVariant)
         patch.setattr(f"{runtime}.attention.PagedAttention", fake_attention(driver))
         patch.setattr(f"{runtime}.attention.TokenLocator", FakeLocator)
-        patch.setattr(f"{runtime}.products.Product", fake_product(driver))
+        patch.setattr(f"{runtime}.rows.Product", fake_product(driver))
+        patch.setattr(f"{runtime}.rows.RowNorm", fake_norm(driver))
         patch.setattr(f"{runtime}.tokens.TokenSampler", fake_sampler(driver))
         patch.setattr(f"{runtime}.tokens.TokenFeed", fake_feed(driver))
         yield SimpleNamespace(driver=driver, library=library)

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from onnx.reference import ReferenceEvaluator
 
 from llmlab.graph.interpret import KERNELS, unwritten
-from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered, Multiply, View
+from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered, Multiply, Normalize, View
 from llmlab.graph.store.storage import loaded
 from llmlab.kernels.activations import ACTIVATIONS
 from llmlab.kernels.reference import paged_attention
@@ -58,8 +58,9 @@ class Execution:
             if isinstance(part, Attend):
                 values[part.out] = self._attend(part, values)
                 continue
-            if isinstance(part, Multiply):
-                values[part.out] = self._multiply(part, values)
+            if isinstance(part, Multiply | Normalize):
+                compute = self._multiply if isinstance(part, Multiply) else self._normalize
+                values[part.out] = compute(part, values)
                 continue
             names = zip(self._first[part.name].inputs, part.inputs, strict=True)
             made = self._run[part.name]({binding: values[name] for binding, name in names})
@@ -78,6 +79,10 @@ class Execution:
         assert weight.shape == (part.width * (2 if part.gate else 1), part.depth)
         out = product(x, weight, part.gate, *(None if n is None else values[n] for n in (part.bias, part.add)))
         return out.astype(_dtype(self.lowered, part.out))
+
+    def _normalize(self, part: Normalize, values: Arrays) -> np.ndarray:
+        x = values[part.x.tensor][:, part.x.offset : part.x.offset + part.width]
+        return norm(x, values[part.weight], part.epsilon).astype(_dtype(self.lowered, part.out))
 
     def _attend(self, part: Attend, values: Arrays) -> np.ndarray:
         def columns(view: View, heads: int) -> np.ndarray:
@@ -115,6 +120,12 @@ def product(
         assert add.dtype == x.dtype
         out += add.astype(np.float32)
     return out
+
+
+def norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    """What an RMS norm's kernel computes, in float32."""
+    wide = x.astype(np.float32)
+    return wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + np.float32(epsilon)) * weight.astype(np.float32)
 
 
 def _dtype(lowered: Lowered, name: str) -> np.dtype:

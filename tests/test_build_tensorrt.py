@@ -16,7 +16,7 @@ from llmlab.kernels.binaries import KernelSet
 from llmlab.runtime.backends.tensorrt.open import read_program
 from llmlab.runtime.backends.tensorrt.weights import find_weights
 from llmlab.runtime.manifest import TENSORS
-from llmlab.runtime.program import Attend, Multiply, RunPlan
+from llmlab.runtime.program import Attend, Multiply, Normalize, RunPlan
 from llmlab.tensorrt.gpu import visible_gpu
 from llmlab.tensorrt.layers import parse_listing
 
@@ -28,7 +28,7 @@ CONFIG = {"max_batch": 4, "max_tokens_per_step": 32, "block_size": 16, "compute_
 
 @pytest.mark.parametrize(
     ("attention", "products", "plans", "runs", "attends"),
-    [("plugin", None, 1, 1, 0), ("piecewise", "tensorrt", 3, 3, 2), ("piecewise", None, 4, 6, 2)],
+    [("plugin", None, 1, 1, 0), ("piecewise", "tensorrt", 3, 3, 2), ("piecewise", None, 2, 2, 2)],
 )
 def test_an_engine_is_built_without_a_gpu(
     store: Store, tmp_path: Path, attention: str, products: Any, plans: int, runs: int, attends: int
@@ -47,6 +47,7 @@ def test_an_engine_is_built_without_a_gpu(
     assert len(steps) == runs and sum(isinstance(step, Attend) for step in program.steps) == attends
     by_kernels = attention == "piecewise" and products is None
     assert sum(isinstance(step, Multiply) for step in program.steps) == (9 if by_kernels else 0)
+    assert sum(isinstance(step, Normalize) for step in program.steps) == (5 if by_kernels else 0)
     assert manifest.compiled.products == ("kernels" if by_kernels else "tensorrt")
     assert (TENSORS in manifest.files) == bool(program.weights) == by_kernels
     assert set(find_weights(tmp_path / "e", program, manifest)) == set(program.weights)

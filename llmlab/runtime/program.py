@@ -1,4 +1,4 @@
-"""What a TensorRT engine runs in a step: compiled parts, attention and products, in order, over named device tensors."""
+"""What a TensorRT engine runs in a step: compiled parts and kernels, in order, over named device tensors."""
 
 from __future__ import annotations
 
@@ -100,8 +100,21 @@ class Multiply:
     name: str = ""
 
 
-Step = RunPlan | Attend | Multiply
-_KINDS: dict[str, type[Step]] = {"plan": RunPlan, "attend": Attend, "multiply": Multiply}
+@dataclass(frozen=True)
+class Normalize:
+    """Launch the kernel of an RMS norm: out = x / sqrt(mean(x²) + epsilon) · weight, by row of `width` columns."""
+
+    x: View
+    weight: str
+    """A tensor [width] of the weights file."""
+    out: str
+    width: int
+    epsilon: float
+    name: str = ""
+
+
+Step = RunPlan | Attend | Multiply | Normalize
+_KINDS: dict[str, type[Step]] = {"plan": RunPlan, "attend": Attend, "multiply": Multiply, "normalize": Normalize}
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,7 @@ class Program:
     tensors: Mapping[str, TensorSpec]
     steps: tuple[Step, ...]
     weights: Mapping[str, WeightSpec] = field(default_factory=dict)
-    """What lies in the weights file: all that products read, and what parts read from outside."""
+    """What lies in the weights file: all that products and norms read, and what parts read from outside."""
 
     def to_dict(self) -> dict[str, Any]:
         kinds = {cls: kind for kind, cls in _KINDS.items()}

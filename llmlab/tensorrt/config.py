@@ -42,7 +42,7 @@ class BuildConfig:
     attention: Attention | None = None
     """How PagedAttention is hosted: as a plugin in one engine, between pieces, or by TensorRT's own operators."""
     products: Products | None = None
-    """What computes large linear layers: kernels of ours, in piecewise hosting in float16 or bfloat16, where identical layers
+    """What computes large linear layers and RMS norms: kernels of ours, in piecewise hosting in float16 or bfloat16, where identical layers
     then share what TensorRT compiles and all weights lie in one file; or TensorRT. None: kernels where they can."""
     precision: Precision = "float16"
     optimization_level: int | None = None

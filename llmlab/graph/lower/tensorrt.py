@@ -12,6 +12,7 @@ from llmlab.graph.lower.int32 import int32_inputs
 from llmlab.graph.lower.opset import legalise
 from llmlab.graph.lower.tensorrt_experts import expand_experts
 from llmlab.graph.lower.tensorrt_native import native_attention
+from llmlab.graph.lower.tensorrt_norms import mark_norms
 from llmlab.graph.lower.tensorrt_parts import Lowered
 from llmlab.graph.lower.tensorrt_piecewise import cut_at_kernels
 from llmlab.graph.lower.tensorrt_plugin import plugin_nodes
@@ -47,7 +48,7 @@ def lower(
     weak_type: under weak typing, what TensorRT may compute in and what parts hand each other (float16). The graph has to be
         in float32 and stays so, without a Cast; `Dense.keep_fp32` says what must not be narrowed. Without it the graph's own
         types hold: convert it first (`llmlab.convert`).
-    products: in piecewise hosting, in float16 or bfloat16, cut at large linear layers too, for kernels of ours, and leave all
+    products: in piecewise hosting, in float16 or bfloat16, cut at large linear layers and at norms too, for kernels of ours, and leave all
         weights outside the parts, so that those of layers which are alike are one.
     Raises InputError for arguments that don't fit, and UnsupportedModelError that names a node which can't be expressed.
     """
@@ -58,7 +59,9 @@ def lower(
     wide = computes_wide(work, np.dtype(weak_type)) if weak_type is not None else set()
     keep = set(wide)
     if products:
-        mark_products(edit, weak_type or graph.activations, weak_type is not None, wide)
+        dtype = weak_type or graph.activations
+        mark_products(edit, dtype, weak_type is not None, wide)
+        mark_norms(edit, dtype, weak_type is not None)
     expand_gated(edit)
     expand_experts(edit, keep)
     quantized_products(edit)

@@ -1,5 +1,4 @@
-"""What lowering for TensorRT gives: parts to compile, attention and products between them, and the tensors that they hand
-each other."""
+"""What lowering for TensorRT gives: parts to compile, what kernels compute between them, and the tensors that they hand each other."""
 
 from __future__ import annotations
 
@@ -104,13 +103,26 @@ class Multiply:
 
 
 @dataclass(frozen=True)
+class Normalize:
+    """An RMS norm that a kernel computes: out = x / sqrt(mean(x²) + epsilon) · weight, by row of `width` columns."""
+
+    name: str
+    x: View
+    weight: str
+    """[width], in `Lowered.weights`."""
+    out: str
+    width: int
+    epsilon: float
+
+
+@dataclass(frozen=True)
 class Lowered:
     """Parts in executable order. The last gives `logits` [N, vocab] in float32."""
 
-    parts: tuple[Dense | Attend | Multiply, ...]
+    parts: tuple[Dense | Attend | Multiply | Normalize, ...]
     tensors: Mapping[str, Tensor]
     """What parts make, by name. Their other inputs are weights, and the step's: those of the serving graph, as int32."""
     tables: Mapping[str, np.ndarray] = field(default_factory=dict)
     """float32 arrays that the attention between the parts reads."""
     weights: Mapping[str, Values] = field(default_factory=dict)
-    """What products and parts read from outside, each computed when it is written."""
+    """What kernels and parts read from outside, each computed when it is written."""

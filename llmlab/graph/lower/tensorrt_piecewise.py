@@ -1,4 +1,4 @@
-"""A lowered graph cut at attention and products: parts that TensorRT compiles, and what runs between them."""
+"""A lowered graph cut at attention, products and norms: parts that TensorRT compiles, and what runs between them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import onnx_graphsurgeon as gs
 from llmlab.errors import UnsupportedModelError
 from llmlab.graph.cut import cut
 from llmlab.graph.edit import Dim, Editor, operand
-from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered, Multiply, Rows, Tensor, View
+from llmlab.graph.lower.tensorrt_norms import NORM
+from llmlab.graph.lower.tensorrt_parts import Attend, Dense, Lowered, Multiply, Normalize, Rows, Tensor, View
 from llmlab.graph.lower.tensorrt_products import MULTIPLE, PRODUCT
 from llmlab.graph.lower.tensorrt_weights import shared_key, weights_as_inputs
 from llmlab.graph.lower.views import columns
@@ -21,6 +22,8 @@ from llmlab.graph.store.storage import array
 
 TABLES = {8: "cos", 9: "sin", 10: "alibi_slopes", 11: "sinks", 12: "k_scale", 13: "v_scale"}
 """The inputs of PagedAttention that are the same in every step."""
+_VIEWS = {"PagedAttention": 3, PRODUCT: 1, NORM: 1}
+"""Nodes that kernels run, and how many of their first inputs may be columns of a wider tensor."""
 
 
 def cut_at_kernels(
@@ -29,15 +32,15 @@ def cut_at_kernels(
     """`lower` with piecewise hosting, from a graph in operators that TensorRT has; `edit`'s graph is changed.
 
     wide: names of the nodes whose results stay float32 when they cross from part to part under weak typing.
-    products: the graph has Product nodes, and weights are to lie outside the parts.
+    products: the graph has nodes for products and norms, and weights are to lie outside the parts.
     """
     tables = _Tables()
-    views = {node.name: _views(node) for node in edit.surgeon.nodes if node.op in ("PagedAttention", PRODUCT)}
+    views = {node.name: _views(node) for node in edit.surgeon.nodes if node.op in _VIEWS}
     edit.surgeon.cleanup()
     weights = weights_as_inputs(edit.surgeon, weak_type, keep_fp32) if products else {}
     makers = {t.name: n for n in edit.surgeon.nodes for t in n.outputs}
     handed = {t.name for n in edit.surgeon.nodes for t in _handed(n)}
-    result = cut(edit.graph, lambda node: node.op in ("PagedAttention", PRODUCT))
+    result = cut(edit.graph, lambda node: node.op in _VIEWS)
     tensors: dict[str, Tensor] = {}
     for crossing in result.crossings:
         maker = makers[crossing.name]
@@ -51,22 +54,25 @@ def cut_at_kernels(
     tensors["logits"] = _tensor("logits", "float32", logits.shape)
     types = {name: tensor.dtype for name, tensor in tensors.items()}
     types |= {name: np.dtype(values.dtype).name for name, values in weights.items()}
-    parts: list[Dense | Attend | Multiply] = []
+    parts: list[Dense | Attend | Multiply | Normalize] = []
     for piece in result.pieces:
+        op = piece.graph.surgeon.nodes[-1].op
         if not piece.marked:
             parts.append(_dense(piece, keep_fp32, types if products else None))
-        elif piece.graph.surgeon.nodes[-1].op == PRODUCT:
+        elif op == "PagedAttention":
+            parts.append(_attend(piece, views[piece.name], tables))
+        elif op == PRODUCT:
             parts.append(_multiply(piece, views[piece.name], weights))
         else:
-            parts.append(_attend(piece, views[piece.name], tables))
+            parts.append(_normalize(piece, views[piece.name]))
     read = {name for part in parts if not isinstance(part, Attend) for name in _weights_of(part)}
     return Lowered(tuple(parts), tensors, tables.arrays, {n: v for n, v in weights.items() if n in read})
 
 
 def _views(node: gs.Node) -> list[View]:
-    """Where q, k and v, or a product's rows, lie; the node reads whole tensors from then on."""
-    found = [columns(t) for t in node.inputs[: 1 if node.op == PRODUCT else 3]]
-    if node.op == PRODUCT:
+    """Where q, k and v, or the rows of a product or norm, lie; the node reads whole tensors from then on."""
+    found = [columns(t) for t in node.inputs[: _VIEWS[node.op]]]
+    if node.op != "PagedAttention":
         (x,) = found
         if x.offset % MULTIPLE or not isinstance(x.tensor.shape[1], int) or x.tensor.shape[1] % MULTIPLE:
             return [View(node.inputs[0].name)]
@@ -76,15 +82,19 @@ def _views(node: gs.Node) -> list[View]:
 
 def _handed(node: gs.Node) -> list[gs.Tensor]:
     """What a kernel reads and gives in the type that the parts hand each other."""
+    if node.op == NORM:
+        return [node.inputs[0], node.outputs[0]]
     if node.op == PRODUCT:
         added = operand(node, 3)
         return [node.inputs[0], *([] if added is None else [added])]
     return [*node.inputs[:3], node.outputs[0]] if node.op == "PagedAttention" else []
 
 
-def _weights_of(part: Dense | Multiply) -> Sequence[str]:
+def _weights_of(part: Dense | Multiply | Normalize) -> Sequence[str]:
     if isinstance(part, Dense):
         return part.inputs
+    if isinstance(part, Normalize):
+        return [part.weight]
     return [name for name in (part.weight, part.bias, part.scale) if name is not None]
 
 
@@ -114,6 +124,12 @@ def _multiply(piece: Piece, views: list[View], weights: Mapping[str, Values]) ->
         bias=None if bias is None else bias.name,
         add=None if add is None else add.name,
     )
+
+
+def _normalize(piece: Piece, views: list[View]) -> Normalize:
+    node = piece.graph.surgeon.nodes[-1]
+    out, epsilon = node.outputs[0], node.attrs["epsilon"]
+    return Normalize(node.name, views[0], node.inputs[1].name, out.name, int(out.shape[1]), epsilon)
 
 
 def _attend(piece: Piece, views: list[View], tables: _Tables) -> Attend:

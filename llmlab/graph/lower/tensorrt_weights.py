@@ -8,6 +8,7 @@ from collections.abc import Collection
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from llmlab.graph.lower.tensorrt_norms import NORM
 from llmlab.graph.lower.tensorrt_products import PRODUCT
 from llmlab.graph.narrow import Narrowed
 from llmlab.graph.store.lazy import Values
@@ -20,13 +21,13 @@ _BY_VALUE = 1 << 20  # bytes
 
 
 def weights_as_inputs(surgeon: gs.Graph, weak_type: str | None, keep_fp32: Collection[str]) -> dict[str, Values]:
-    """Make inputs of all that products read and of the float constants with several values elsewhere, in place, and return
-    their values by name. Under weak typing standard operators go on reading float32, whatever is stored: what a node in
-    `keep_fp32` reads as it is, else `weak_type`."""
+    """Make inputs of all that products and norms read and of the float constants with several values elsewhere, in place, and return
+    their values by name. Under weak typing standard operators go on reading float32, whatever is stored: what a norm or a
+    node in `keep_fp32` reads as it is, else `weak_type`."""
     found: dict[str, Values] = {}
     for tensor in constants(surgeon):
-        product = any(n.op == PRODUCT for n in tensor.outputs)
-        if any(n.op in _INSIDE for n in tensor.outputs) or not (product or _is_weight(tensor)):
+        kernel = any(n.op in (PRODUCT, NORM) for n in tensor.outputs)
+        if any(n.op in _INSIDE for n in tensor.outputs) or not (kernel or _is_weight(tensor)):
             continue
         found[tensor.name] = _stored(tensor, weak_type, keep_fp32)
         dtype = np.dtype(np.float32) if weak_type is not None else tensor.dtype
@@ -42,7 +43,7 @@ def _is_weight(tensor: gs.Constant) -> bool:
 
 
 def _stored(tensor: gs.Constant, weak_type: str | None, keep_fp32: Collection[str]) -> Values:
-    wide = tensor.dtype == np.float32 and any(n.name in keep_fp32 for n in tensor.outputs)
+    wide = tensor.dtype == np.float32 and any(n.op == NORM or n.name in keep_fp32 for n in tensor.outputs)
     if weak_type is None or wide or tensor.dtype == np.dtype(weak_type):
         return tensor._values
     return Narrowed(tensor, np.dtype(weak_type))

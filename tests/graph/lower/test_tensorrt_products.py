@@ -19,7 +19,7 @@ from llmlab.errors import InputError
 from llmlab.graph.edit import Editor
 from llmlab.graph.graph import Graph
 from llmlab.graph.lower.tensorrt import lower
-from llmlab.graph.lower.tensorrt_parts import Dense, Lowered, Multiply
+from llmlab.graph.lower.tensorrt_parts import Dense, Lowered, Multiply, Normalize
 from llmlab.graph.store.storage import DeferredValues
 
 WEAK: dict[str, Any] = {"dialect": 17, "weak_type": "float16"}
@@ -83,42 +83,49 @@ def test_what_is_lost_would_be_seen(store: Store, change: Any) -> None:
     assert Truth(graph).error(spoil(change)(lower(graph, products=True, **WEAK))) > 0.02
 
 
-def test_a_part_that_read_another_layers_weight_would_be_seen(store: Store) -> None:
-    """The plan of all norms is one; which weight it reads is the step's."""
-    graph = store.serving("llama")
+@pytest.mark.parametrize("norm", ["input_layernorm", "self_attn.k_norm"])
+def test_another_layers_weight_would_be_seen(store: Store, norm: str) -> None:
+    """One is a kernel's; the other a part's, whose plan is the same for all layers."""
+    graph = store.serving("qwen3")
     lowered = lower(graph, products=True, **WEAK)
     weights = dict(lowered.weights)
-    first, second = (f"model.layers.{i}.input_layernorm.weight" for i in (0, 1))
+    first, second = (f"model.layers.{i}.{norm}.weight" for i in (0, 1))
     weights[second] = weights[first]
     assert Truth(graph).error(replace(lowered, weights=weights)) > 0.02
 
 
 def test_parts_that_are_alike_are_one_plan(store: Store) -> None:
-    """Embedding and norm; norms of tokens, three; gathers of rows; norms of rows, two."""
-    for lowered in both(store.serving("llama")):
+    """The embedding; norms of heads, twice; gathers of rows. Without those norms two parts are left."""
+    for lowered in both(store.serving("qwen3")):
         keys = [part.key for part in dense(lowered)]
-        assert len(keys) == 6 and len(set(keys)) == 4
+        assert len(keys) == 4 and len(set(keys)) == 3 and keys[1] == keys[2]
+    for lowered in both(store.serving("llama")):
+        assert len(dense(lowered)) == 2
+        assert [p.name for p in lowered.parts if isinstance(p, Normalize)] == [
+            *(f"model.layers.{i}.{n}_layernorm/RowNorm" for i in (0, 1) for n in ("input", "post_attention")),
+            "model.norm/RowNorm",
+        ]
     plain = [part.key for part in dense(lower(store.serving("llama"), **WEAK))]
     assert len(set(plain)) == len(plain) == 3
 
 
 @pytest.mark.slow
 def test_more_layers_need_no_more_plans(store: Store, tmp_path: Path) -> None:
-    tiny.write_checkpoint(tmp_path / "c", {**tiny.MODELS["llama"], "num_hidden_layers": 5})
+    tiny.write_checkpoint(tmp_path / "c", {**tiny.MODELS["qwen3"], "num_hidden_layers": 5})
     deep = ll.optimize(ll.export(tmp_path / "c"))
-    for lowered, more in zip(both(store.serving("llama")), both(deep), strict=True):
+    for lowered, more in zip(both(store.serving("qwen3")), both(deep), strict=True):
         few, many = ({part.key for part in dense(one)} for one in (lowered, more))
-        assert len(products(more)) == len(products(lowered)) + 12 and len(dense(more)) == len(dense(lowered)) + 6
+        assert len(products(more)) == len(products(lowered)) + 12 and len(dense(more)) == len(dense(lowered)) + 3
         assert many == few
 
 
 def test_scalars_and_types_tell_plans_apart(store: Store) -> None:
-    graph = store.serving("llama").copy()
-    norm = next(n for n in graph.surgeon.nodes if n.op == "RMSNormalization" and "layers.0.post" in n.name)
+    graph = store.serving("qwen3").copy()
+    norm = next(n for n in graph.surgeon.nodes if n.op == "RMSNormalization" and "layers.0.self_attn.q_norm" in n.name)
     norm.attrs["epsilon"] = 0.1
-    plain, other = ({p.key for p in dense(lower(g, products=True, **WEAK))} for g in (store.serving("llama"), graph))
+    plain, other = ({p.key for p in dense(lower(g, products=True, **WEAK))} for g in (store.serving("qwen3"), graph))
     assert len(other) == len(plain) + 1
-    kept = {p.key for p in dense(both(store.serving("llama"))[1])}
+    kept = {p.key for p in dense(both(store.serving("qwen3"))[1])}
     assert not kept & plain, "parts whose tensors have other types"
 
 

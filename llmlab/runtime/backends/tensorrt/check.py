@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from llmlab.files import plain_name
 from llmlab.kernels.gpu.geometry import QUANTIZED_POOLS
 from llmlab.runtime.backends.tensorrt.bindings import POOL, UPDATED
-from llmlab.runtime.backends.tensorrt.check_product import check_multiply
+from llmlab.runtime.backends.tensorrt.check_rows import check_multiply, check_normalize
 from llmlab.runtime.backends.tensorrt.memory import ITEM_BYTES, lifetimes
 from llmlab.runtime.manifest import Manifest
-from llmlab.runtime.program import Attend, Multiply, Program, RunPlan, TensorSpec, View
+from llmlab.runtime.program import Attend, Multiply, Normalize, Program, RunPlan, TensorSpec, View
 
 _STEP = ("input_ids", "position_ids", "query_start", "kv_len", "block_table", "logits_index", "slots")
 _SCALES = {"k_scale", "v_scale"}
@@ -41,6 +41,9 @@ def check_program(program: Program, manifest: Manifest) -> None:
             continue
         if isinstance(step, Multiply):
             check_multiply(step, program)
+            continue
+        if isinstance(step, Normalize):
+            check_normalize(step, program)
             continue
         _check_plan(step, manifest)
         for name in (*step.inputs.values(), *step.outputs.values()):

@@ -9,8 +9,8 @@ from llmlab.runtime.backends.tensorrt.attention import AttentionLayers
 from llmlab.runtime.backends.tensorrt.bindings import Bindings
 from llmlab.runtime.backends.tensorrt.buckets import StepShape
 from llmlab.runtime.backends.tensorrt.parts import Part
-from llmlab.runtime.backends.tensorrt.products import ProductLayers
-from llmlab.runtime.program import Multiply, Program
+from llmlab.runtime.backends.tensorrt.rows import RowLayers
+from llmlab.runtime.program import Attend, Program
 
 
 class Executor:
@@ -21,7 +21,7 @@ class Executor:
         program: Program,
         parts: Mapping[int, Part],
         attention: AttentionLayers,
-        products: ProductLayers,
+        rows: RowLayers,
         bindings: Bindings,
         stream: Stream,
         buffers: Sequence[DeviceBuffer],
@@ -30,7 +30,7 @@ class Executor:
         self.program = program
         self._parts = parts
         self._attention = attention
-        self._products = products
+        self._rows = rows
         self._bindings = bindings
         self._stream = stream
         self._buffers = buffers
@@ -59,10 +59,10 @@ class Executor:
         for at, step in enumerate(self.program.steps):
             if at in self._parts:
                 self._parts[at].enqueue(shape, self._bindings, self._stream)
-            elif isinstance(step, Multiply):
-                self._products.enqueue(at, shape, self._stream)
-            else:
+            elif isinstance(step, Attend):
                 self._attention.enqueue(at, shape, self._stream)
+            else:
+                self._rows.enqueue(at, shape, self._stream)
             if after is not None:
                 after(at)
 

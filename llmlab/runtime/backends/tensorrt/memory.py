@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llmlab.cuda import Device, DeviceBuffer
 from llmlab.errors import EngineError, InputError
 from llmlab.runtime.manifest import KVLayout
-from llmlab.runtime.program import Attend, Multiply, Program, Step, TensorSpec
+from llmlab.runtime.program import Attend, Multiply, Normalize, Program, Step, TensorSpec
 
 ALIGN = 256
 """Bytes; what TensorRT asks of an address, and more than the kernels do."""
@@ -35,6 +35,8 @@ def touched(step: Step) -> tuple[list[str], list[str]]:
         return [step.q.tensor, step.k.tensor, step.v.tensor], [step.out]
     if isinstance(step, Multiply):
         return [step.x.tensor, *([] if step.add is None else [step.add])], [step.out]
+    if isinstance(step, Normalize):
+        return [step.x.tensor], [step.out]
     return list(step.inputs.values()), list(step.outputs.values())
 
 

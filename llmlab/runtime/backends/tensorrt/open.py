@@ -20,7 +20,7 @@ from llmlab.runtime.backends.tensorrt.check import check_program, check_tables
 from llmlab.runtime.backends.tensorrt.executor import Executor
 from llmlab.runtime.backends.tensorrt.memory import Activations, KVPool, pool_blocks
 from llmlab.runtime.backends.tensorrt.parts import Part
-from llmlab.runtime.backends.tensorrt.products import ProductLayers
+from llmlab.runtime.backends.tensorrt.rows import RowLayers
 from llmlab.runtime.backends.tensorrt.staging import Staging
 from llmlab.runtime.backends.tensorrt.tokens import Tokens
 from llmlab.runtime.backends.tensorrt.weights import Weights, find_weights
@@ -63,7 +63,7 @@ def open_backend(
     activations = Activations.allocate(program, *sizes)
     staging = Staging(*sizes, blocks_a_sequence)
     attention = AttentionLayers(program, manifest.kv, tables, kernels, device, sizes)
-    products = ProductLayers(program, kernels, device)
+    rows = RowLayers(program, kernels, device)
     tokens = Tokens(kernels, device, vocab, compiled.max_batch)
     most = min(part.most_blocks for part in parts.values())
     wanted = 2 * max_num_seqs * blocks_a_sequence
@@ -80,13 +80,13 @@ def open_backend(
     }
     bindings = Bindings(program, addresses, manifest.kv, pool.num_blocks)
     attention.bind(addresses, pool.num_blocks)
-    products.bind(addresses)
+    rows.bind(addresses)
     tokens.bind(staging.addresses, addresses["logits"])
     for part in parts.values():
         part.bind(bindings, scratch, stream)
     stream.synchronize()
     buffers = (weights.buffer, activations.buffer, scratch)
-    executor = Executor(program, parts, attention, products, bindings, stream, buffers)
+    executor = Executor(program, parts, attention, rows, bindings, stream, buffers)
     return TensorRTBackend(
         device=device,
         stream=stream,

@@ -11,9 +11,9 @@ from llmlab.errors import InputError
 from llmlab.runtime.backends.tensorrt.buckets import StepShape
 from llmlab.runtime.backends.tensorrt.executor import Executor
 from llmlab.runtime.batch import EngineLimits, StepBatch
-from llmlab.runtime.program import Attend, Multiply, RunPlan
+from llmlab.runtime.program import Attend, Multiply, Normalize, RunPlan
 
-_KINDS = {RunPlan: "part", Attend: "attention", Multiply: "product"}
+_KINDS = {RunPlan: "part", Attend: "attention", Multiply: "product", Normalize: "norm"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class StepTime:
 
     name: str
     kind: str
-    """`part`, `attention` or `product`."""
+    """`part`, `attention`, `product` or `norm`."""
     ms: float
 
 
