@@ -80,16 +80,16 @@ def measure(shape: str, names: list[str], args: argparse.Namespace) -> dict[str,
     }
 
 
-def table(shape: str, result: dict[str, Any]) -> str:
-    """Medians with their quartile range, and how many times the peer llmlab is."""
+def table(shape: str, result: dict[str, Any], ours: str = "llmlab") -> str:
+    """Medians with their quartile range, and how many times the peer `ours` is."""
     rates = result["tokens_per_s"]
-    own = rates.get("llmlab")
+    own = rates.get(ours)
     lines = [f"{shape + ', tokens/s':<28}" + "".join(f"{task:>24}" for task in TASKS)]
     for name, tasks in rates.items():
         cells = []
         for task in TASKS:
             low, mid, high = np.percentile(tasks[task], (25, 50, 75))
-            ratio = f" {ratios(own, tasks, task):5.2f}×" if own and name != "llmlab" else ""
+            ratio = f" {ratios(own, tasks, task):5.2f}×" if own and name != ours else ""
             cells.append(f"{mid:.1f} ({low:.0f}–{high:.0f}){ratio}".rjust(24))
         lines.append(f"{name:<28}" + "".join(cells))
     lines.append(

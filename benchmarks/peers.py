@@ -13,9 +13,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+from llama_cpp_peer import LlamaCpp, LlamaCppHead, install
 from shapes import engine
 
 GENAI = "onnxruntime-genai==0.18.0"
@@ -70,6 +71,7 @@ class Genai:
     first `generate_next_token` after `append_tokens` only picks from the logits that the prompt left."""
 
     options: tuple[str, ...] = ()
+    precision = "fp32"
 
     def __init__(self, checkpoint: Path, cache: Path, threads: int) -> None:
         import onnxruntime_genai
@@ -81,10 +83,10 @@ class Genai:
         self.model = onnxruntime_genai.Model(config)
 
     def _build(self, checkpoint: Path, cache: Path) -> Path:
-        folder = cache / "-".join([checkpoint.name, "genai", "fp32", *self.options]).replace("=", "-")
+        folder = cache / "-".join([checkpoint.name, "genai", self.precision, *self.options]).replace("=", "-")
         if not (folder / "genai_config.json").exists():
             command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint)]
-            command += ["-o", str(folder), "-p", "fp32", "-e", "cpu"]
+            command += ["-o", str(folder), "-p", self.precision, "-e", "cpu"]
             command += ["--extra_options", *self.options] if self.options else []
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -125,14 +127,24 @@ class GenaiPruned(Genai):
     options = ("prune_lm_head=true",)
 
 
+class GenaiInt4(Genai):
+    """Its builder's int4: blocks of 32 in all products, the head included, at accuracy level 4."""
+
+    precision = "int4"
+
+
 class Llmlab:
     """llmlab through its public interface; times are those of its results."""
+
+    recipe: ClassVar[dict[str, Any] | None] = None
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, checkpoint: Path, cache: Path, threads: int) -> None:
         import llmlab as ll
 
         self.params = ll.SamplingParams
-        self.llm = ll.LLM(engine(checkpoint, cache, MAX_SEQ_LEN), threads=threads, max_num_seqs=8)
+        folder = engine(checkpoint, cache, MAX_SEQ_LEN, self.recipe, **self.options)
+        self.llm = ll.LLM(folder, threads=threads, max_num_seqs=8)
 
     def prefill(self, prompts: list[list[int]]) -> tuple[float, int, list[int]]:
         began = time.perf_counter()
@@ -154,11 +166,28 @@ class Llmlab:
         return self.params(max_tokens=tokens, temperature=0.0, ignore_eos=True)
 
 
+class LlmlabInt4(Llmlab):
+    """int4 in groups of 32, the head included, as the others have it."""
+
+    recipe: ClassVar[dict[str, Any] | None] = {"weights": {"dtype": "int4", "group": 32}, "keep": ["embedding"]}
+
+
+class LlmlabInt4Prefill(LlmlabInt4):
+    """The same engine with a second form of its products for steps of many tokens."""
+
+    options: ClassVar[dict[str, Any]] = {"prefill": "int8"}
+
+
 RUNTIMES: dict[str, Any] = {
     "transformers": Transformers,
     "onnxruntime-genai": Genai,
     "onnxruntime-genai-pruned": GenaiPruned,
     "llmlab": Llmlab,
+    "onnxruntime-genai-int4": GenaiInt4,
+    "llama.cpp-q4_0": LlamaCpp,
+    "llama.cpp-q4_0-head": LlamaCppHead,
+    "llmlab-int4": LlmlabInt4,
+    "llmlab-int4-prefill": LlmlabInt4Prefill,
 }
 
 
@@ -179,6 +208,7 @@ class Peer:
     def __init__(self, name: str, checkpoint: Path, cache: Path, threads: int) -> None:
         self.name = name
         path = [str(install_genai(cache))] if name.startswith("onnxruntime-genai") else []
+        path += [str(install(cache))] if name.startswith("llama.cpp") else []
         if os.environ.get("PYTHONPATH"):
             path.append(os.environ["PYTHONPATH"])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": str(threads)}

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models
 
@@ -33,16 +34,23 @@ def checkpoint(shape: str, cache: Path, seed: int = 0, dtype: str = "float32") -
     return folder
 
 
-def engine(checkpoint: Path, cache: Path, max_seq_len: int) -> Path:
-    """Return the folder of the fp32 ONNX Runtime engine of a checkpoint, building it first if llmlab has changed."""
+def engine(
+    checkpoint: Path, cache: Path, max_seq_len: int, recipe: dict[str, Any] | None = None, **options: Any
+) -> Path:
+    """Return the folder of the ONNX Runtime engine of a checkpoint (fp32, or as `recipe` says), building it first if llmlab
+    has changed. options: of `llmlab.build`."""
     import llmlab as ll
 
     package = Path(ll.__file__).parent
     sources = [*(package / name for name in ("build.py", "config.py")), *sorted((package / "graph").rglob("*.py"))]
-    state = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    sources += sorted((package / "quant").rglob("*.py")) if recipe else []
+    told = json.dumps([recipe, options]).encode() if recipe or options else b""
+    state = hashlib.sha256(told + b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     folder = cache / f"{checkpoint.name}-llmlab-{max_seq_len}-{state}"
     if not folder.exists():
-        ll.build(ll.optimize(ll.export(checkpoint)), folder, target="onnxruntime", max_seq_len=max_seq_len)
+        graph = ll.optimize(ll.export(checkpoint))
+        graph = ll.quantize(graph, recipe) if recipe else graph
+        ll.build(graph, folder, target="onnxruntime", max_seq_len=max_seq_len, **options)
     return folder
 
 
