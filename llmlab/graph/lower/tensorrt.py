@@ -64,7 +64,7 @@ def lower(
         mark_norms(edit, dtype, weak_type is not None)
     expand_gated(edit)
     expand_experts(edit, keep)
-    quantized_products(edit)
+    quantized_products(edit, dialect)
     int32_inputs(edit)
     legalise(edit, dialect, keep)
     defer_weights(work.surgeon)

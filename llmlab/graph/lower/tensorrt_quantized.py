@@ -18,17 +18,19 @@ BLOCKED = ("int4", "float8_e4m3fn")
 """Types of weights in which numbers of a row may share a scale by groups."""
 
 
-def quantized_products(edit: Editor) -> None:
+def quantized_products(edit: Editor, dialect: int) -> None:
     """Bring every quantized weight and activation into the form that TensorRT fuses with its product, in place.
 
-    Raises UnsupportedModelError that names the node, and a target that can, for what TensorRT has not: zero points, scales that are
-    computed in the step, int8 by groups.
+    dialect: the ONNX opset that the parser reads. Raises UnsupportedModelError that names the node, and a target that can, for what
+    TensorRT has not: zero points, scales that are computed in the step, int8 by groups, and on old ones fp8 and int4.
     """
     for node in list(edit.surgeon.nodes):
         if node.op == "QuantizeLinear":
+            _check_type(node, np.dtype(node.outputs[0].dtype).name, 0, dialect)
             _activation(edit, node)
         elif node.op == "MatMul" and (layer := linear(node)) is not None:
             if (weight := joined(layer.weight)) is not None:
+                _check_type(node, weight.dtype, weight.block, dialect)
                 _check_weight(node, weight)
                 found = weight.transposed() if layer.transposed else weight
                 node.inputs[1] = _without_zero(found).add(edit, scope(node))
@@ -47,6 +49,16 @@ def _activation(edit: Editor, node: gs.Node) -> None:
         return
     kind = np.dtype(node.outputs[0].dtype)
     node.inputs = [*node.inputs[:2], gs.Constant(edit.name(f"{node.name}.zero_point"), _Zero((), kind))]
+
+
+def _check_type(node: gs.Node, dtype: str, block: int, dialect: int) -> None:
+    since = 21 if block or dtype == "int4" else 19 if dtype == "float8_e4m3fn" else 0
+    if dialect < since:
+        what = f"{dtype} by groups" if block else dtype
+        raise UnsupportedModelError(
+            f"{node.name}: {what}, which came with ONNX opset {since}, and this TensorRT reads {dialect}: choose int8 with a scale "
+            "a row, or a newer TensorRT, or target onnxruntime"
+        )
 
 
 def _check_weight(node: gs.Node, weight: QuantizedWeight) -> None:
