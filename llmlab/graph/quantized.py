@@ -13,7 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import Editor, operand, producer
-from llmlab.graph.store.lazy import Joined, LazyArray, Values, swapped
+from llmlab.graph.store.lazy import Joined, LazyArray, Values, row, swapped
 from llmlab.graph.store.storage import array
 
 
@@ -63,6 +63,15 @@ class QuantizedWeight:
         values, scale, zero = (new or old for new, old in zip(made, parts, strict=True))
         assert values is not None and scale is not None
         return QuantizedWeight(values, scale, zero, 1 - self.axis, self.block)
+
+    def row(self, index: int) -> QuantizedWeight:
+        """One of several weights that are stacked along the first axis, of which the others are not read."""
+        made = [
+            None if t is None else t if not tuple(t.shape) else _constant(f"{t.name}.{index}", row(t._values, index))
+            for t in (self.values, self.scale, self.zero_point)
+        ]
+        assert made[0] is not None and made[1] is not None
+        return QuantizedWeight(made[0], made[1], made[2], max(self.axis - 1, 0), self.block)
 
     def add(self, edit: Editor, where: str) -> gs.Variable:
         """The DequantizeLinear of this weight, in module `where`; its result has the scale's type."""

@@ -14,6 +14,7 @@ from llmlab.graph.linear import linear, product
 from llmlab.graph.narrow import narrow_scale
 from llmlab.graph.quantized import QuantizedWeight
 from llmlab.graph.store.deferred import DeferredValues, Packed
+from llmlab.graph.store.lazy import Stacked
 from llmlab.graph.store.packed import is_packed
 from llmlab.graph.store.storage import onnx_dtype
 from llmlab.quant.grid import FP8, Grid, Rounded
@@ -31,7 +32,9 @@ def place_weight(edit: Editor, projection: Projection, rounded: Rounded | Roundi
     rounded: the weight [N, K] on a grid, or a Rounding that computes it when it is written. Whoever else reads the weight (a tied
     embedding) still reads the wide one. The scale is in the type that the weight had.
     """
-    layout = _Layout(projection, rounded.grid)
+    shape, turned = tuple(int(d) for d in projection.weight.shape), not projection.transposed
+    layout = _Layout(shape, turned, rounded.grid, experts=len(shape) > 2)
+    inner = _Layout(shape[1:], turned, rounded.grid, experts=True) if len(shape) > 2 else layout
     dtype = np.dtype(projection.weight.dtype)
     names = {"values": f"{projection.name}.weight.{rounded.grid.dtype}"}
     made: dict[str, gs.Constant] = {}
@@ -40,7 +43,9 @@ def place_weight(edit: Editor, projection: Projection, rounded: Rounded | Roundi
             continue
         kind = dtype if what == "scale" else rounded.grid.stored
         values: Any
-        if isinstance(rounded, Rounding):
+        if isinstance(rounded, Rounding) and rounded.experts:
+            values = Stacked([_Part(expert, inner, what, kind) for expert in rounded.experts])
+        elif isinstance(rounded, Rounding):
             values = _Part(rounded, layout, what, kind)
         else:
             values = layout.stored(rounded, what, kind)
@@ -53,14 +58,13 @@ def place_weight(edit: Editor, projection: Projection, rounded: Rounded | Roundi
 
 
 class _Layout:
-    """How a weight [N, K] on a grid lies in the graph: as the wide one did."""
+    """How a weight [N, K] on a grid lies in the graph, in the shape that the wide one had; turned: as [K, N]. experts: a scale a row is
+    written as one for each group of K, since DequantizeLinear has scales along one axis only."""
 
-    def __init__(self, projection: Projection, grid: Grid) -> None:
-        self.shape = tuple(int(d) for d in projection.weight.shape)
-        self.turned = not projection.transposed
-        depth = len(self.shape) - (2 if self.turned else 1)  # the axis of K
-        experts = len(self.shape) > 2
-        self.block = grid.group or (self.shape[depth] if experts and grid.per == "channel" else 0)
+    def __init__(self, shape: tuple[int, ...], turned: bool, grid: Grid, experts: bool) -> None:
+        self.shape, self.turned = shape, turned
+        depth = len(shape) - (2 if turned else 1)  # the axis of K
+        self.block = grid.group or (shape[depth] if experts and grid.per == "channel" else 0)
         self.axis = depth if self.block else len(self.shape) - (1 if self.turned else 2)
         scales = list(self.shape)
         if self.block:

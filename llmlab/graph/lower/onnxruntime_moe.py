@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import Editor, operand, producer, scope, value
 from llmlab.graph.lower.gated import activate
+from llmlab.graph.quantized import quantized
 from llmlab.graph.store.lazy import row
 from llmlab.graph.store.storage import onnx_dtype
 
@@ -169,6 +170,8 @@ def _product(
 
 def _of_expert(edit: Editor, stacked: gs.Tensor, expert: int) -> gs.Tensor:
     """One expert's part of a stacked weight, of which the rest is not read."""
+    if (whole := quantized(stacked)) is not None:
+        return whole.row(expert).add(edit, stacked.name)
     cast = producer(stacked, "Cast")
     source = stacked if cast is None else cast.inputs[0]
     shape = list(stacked.shape)[1:]

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.errors import UnsupportedModelError
-from llmlab.graph.edit import Editor, operand, scope
+from llmlab.graph.edit import Editor, scope
 from llmlab.graph.linear import linear
-from llmlab.graph.quantized import QuantizedWeight, joined
+from llmlab.graph.quantized import QuantizedWeight, joined, quantized
 from llmlab.graph.store.deferred import DeferredValues
 from llmlab.graph.store.storage import array
 
@@ -28,14 +28,29 @@ def quantized_products(edit: Editor, dialect: int) -> None:
         if node.op == "QuantizeLinear":
             _check_type(node, np.dtype(node.outputs[0].dtype).name, 0, dialect)
             _activation(edit, node)
-        elif node.op == "MatMul" and (layer := linear(node)) is not None:
-            if (weight := joined(layer.weight)) is not None:
-                _check_type(node, weight.dtype, weight.block, dialect)
-                _check_weight(node, weight)
-                found = weight.transposed() if layer.transposed else weight
-                node.inputs[1] = _without_zero(found).add(edit, scope(node))
-        elif node.op == "DequantizeLinear" and operand(node, 2) is not None and isinstance(node.inputs[0], gs.Constant):
-            _refuse_zero_point(node.name, node.inputs[2])
+        layer = linear(node)
+        weight = joined(layer.weight) if layer is not None else None
+        if layer is not None and weight is not None:
+            _check_type(node, weight.dtype, weight.block, dialect)
+            _check_weight(node, weight)
+            found = weight.transposed() if layer.transposed else weight
+            node.inputs[1] = _without_zero(found).add(edit, scope(node))
+    edit.surgeon.cleanup()
+    for node in [n for n in edit.surgeon.nodes if n.op == "DequantizeLinear"]:
+        out = node.outputs[0]
+        if (alone := quantized(out)) is not None and any(reader.op != "MatMul" for reader in out.outputs):
+            edit.replace(out, gs.Constant(edit.name(f"{out.name}.wide"), _Widened(alone, np.dtype(out.dtype))))
+
+
+class _Widened(DeferredValues):
+    """What a quantized weight stands for, where its reader (experts, an embedding) wants it wide."""
+
+    def __init__(self, weight: QuantizedWeight, dtype: np.dtype) -> None:
+        super().__init__(weight.shape, dtype)
+        self._weight = weight
+
+    def load(self) -> np.ndarray:
+        return self._weight.dequantize().astype(self.dtype)
 
 
 def _activation(edit: Editor, node: gs.Node) -> None:

@@ -160,12 +160,18 @@ class OnnxRuntimeBackend:
         self._spans.clear()
 
 
+_FUSED_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
+"""What products compute in that ONNX Runtime fuses by itself with a DequantizeLinear of their weight: 1 is float32, as the graph says;
+left alone it rounds activations to int8."""
+
+
 def _session(model: Path, threads: int, *, shared: bool) -> ort.InferenceSession:
     """shared: another session runs on the same cores in turn with this one, so its threads must not spin between runs."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry(_FUSED_ACCURACY, "1")
     if shared:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
