@@ -108,3 +108,47 @@ def test_a_7b_graph_is_lowered_without_its_weights(tmp_path: Path) -> None:
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["parts"] == 65 and found["seconds"] < 10 and found["grown"] < 200 << 20, found
+
+
+QUANTIZE = """
+import json, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from export_cost import Memory
+import llmlab as ll
+graph = ll.optimize(ll.export(Path(sys.argv[2])))
+memory = Memory()
+memory.sample()
+before, began = dict(memory.peaks), time.perf_counter()
+quantized = ll.quantize(graph, sys.argv[4])
+planned = time.perf_counter() - began
+quantized.save(Path(sys.argv[3]) / "graph")
+ll.build(ll.Graph.load(Path(sys.argv[3]) / "graph"), Path(sys.argv[3]) / "engine")
+memory.sample()
+print(json.dumps({"before": before, "planned": planned, "seconds": time.perf_counter() - began, **memory.peaks}))
+"""
+
+
+def quantizing_cost(checkpoint: Path, scratch: Path, recipe: str) -> dict[str, Any]:
+    command = [sys.executable, "-c", QUANTIZE, str(BENCHMARKS), str(checkpoint), str(scratch), recipe]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_quantizing_takes_the_memory_of_a_weight(tmp_path: Path) -> None:
+    """To the graph's folder and from there to an engine; half a byte a weight in both."""
+    sizes = {**WIDE, "num_hidden_layers": 8}
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", sizes, "bfloat16", shard_bytes=200 << 20, seed=0)
+    found = quantizing_cost(checkpoint, tmp_path, "int4_rtn")
+    largest = 2048 * 2 * 5632  # gate and up, joined
+    assert found["anonymous"] - found["before"]["anonymous"] < 12 * largest, found
+    assert found["planned"] < 30, "nothing is rounded before it is written"
+    layers = parameters(sizes) - 2 * 4000 * 2048
+    assert (tmp_path / "graph" / "weights.bin").stat().st_size < 1.02 * (layers * (0.5 + 4 / 32) + 2 * 2 * 4000 * 2048)
+
+
+@pytest.mark.slow
+def test_a_7b_model_is_quantized_in_little_memory(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", SHAPES["llama-2-7b"], "bfloat16")
+    assert quantizing_cost(checkpoint, tmp_path, "int4_rtn_g128")["peak"] < 3 << 30

@@ -51,7 +51,7 @@ def test_families(store: Store, tmp_path: Path, family: str) -> None:
         interpreter = Interpreter(given, 24, 4)
         tables = paged_tables(PLAN, 4, 24)
         expected_logits = [interpreter.step(feeds(b)) for b, _ in batches(PLAN, 96, tables, all_rows)]
-        engine = ll.build(given, tmp_path / recipe, max_tokens_per_step=32)
+        engine = ll.build(given, tmp_path / recipe, max_tokens_per_step=32, accuracy_level=1)
         backend = engine.backend(threads=1, max_num_seqs=3)
         steps = batches(PLAN, 96, slot_tables(PLAN, range(3)), all_rows)
         for (batch, _), expected_step in zip(steps, expected_logits, strict=True):
