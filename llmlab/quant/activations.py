@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 
 from llmlab.errors import InputError
+from llmlab.quant.recipe import SCALES
 from llmlab.quant.statistics import Statistics
 
-METHODS = ("absmax", "percentile", "mse")
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _STEPS = 64  # thresholds that are tried
 _TINY = float(np.finfo(np.float32).tiny)
@@ -23,8 +23,8 @@ def static_scale(statistics: Statistics, dtype: str, method: str = "absmax", per
     """
     if dtype not in _LARGEST:
         raise InputError(f"activations in {dtype!r}; available: {', '.join(_LARGEST)}")
-    if method not in METHODS:
-        raise InputError(f"method {method!r} of a static scale; available: {', '.join(METHODS)}")
+    if method not in SCALES:
+        raise InputError(f"method {method!r} of a static scale; available: {', '.join(SCALES)}")
     if not 0 < percentile <= 100:
         raise InputError(f"percentile is {percentile}, expected more than 0 and at most 100, such as 99.99")
     assert statistics.absmax is not None

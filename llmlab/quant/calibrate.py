@@ -73,6 +73,12 @@ def check_data(graph: Graph, data: Sequence[Ids]) -> None:
     """Raises InputError where the graph is none that can be run, the data is empty, or no data for it."""
     if graph.kind != "serving":
         raise InputError("calibration runs a serving graph: optimize the graph first")
+    kinds = {np.dtype(n.outputs[0].dtype).name for n in graph.surgeon.nodes if n.op == "PagedAttention"}
+    if kinds - {"float32"}:
+        raise InputError(
+            f"calibration runs in float32, and this graph is in {', '.join(sorted(kinds))}: start from the graph that llmlab.optimize "
+            "returned, with precision in the recipe"
+        )
     if not data or not all(len(ids) for ids in data):
         raise InputError("the calibration set is empty, or has an empty sample: give texts, chats or token ids")
     vocab, longest = graph.config.vocab_size, graph.config.max_position_embeddings

@@ -46,7 +46,7 @@ class Calibrated:
         for group, found in self.groups:
             if found.factor is None:
                 continue
-            members = [p for p in everything if p.node.name in group.products]
+            members = [p for p in everything if p.name in group.weights]
             nodes = list({id(p.node): p.node for p in members}.values())
             fold = find_fold(nodes)
             if fold.kind == "rows" and any(p.node is fold.node and p.name in fixed for p in everything):
@@ -61,17 +61,16 @@ def calibrate(
     assigned: Assigned,
     data: Sequence[Ids],
     *,
-    sequential: bool = True,
     seed: int = 0,
     cache: Path | None = None,
     threads: int | None = None,
 ) -> Calibrated:
     """Run the model over the data, layer by layer, and solve what needs to see activations.
 
-    assigned: by projection, what becomes of it. sequential: each layer sees what the quantized layers before it give; else what
-        the wide ones give. The rounding of activations and of the KV cache isn't part of that. cache: see `walk`.
+    assigned: by projection, what becomes of it. Behind a weight with `sequential`, layers see what the rounded one gives; the rounding of
+        activations and of the KV cache isn't part of that. cache: see `walk`.
     """
-    solver = Solver(graph, assigned, sequential=sequential)
+    solver = Solver(graph, assigned)
     if not solver.groups:
         return Calibrated()
     steps = walk(
@@ -80,7 +79,7 @@ def calibrate(
         solver.groups,
         solver.solve,
         wanted=solver.wanted,
-        effective=solver.effective if sequential else None,
+        effective=solver.effective,
         cache=cache,
         settings=solver.settings,
         seed=seed,

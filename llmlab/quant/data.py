@@ -84,7 +84,7 @@ def default_source(graph: Graph) -> str:
 
     if graph.assets.get("tokenizer.json") == (zoo.path() / "tokenizer.json").read_bytes():
         return _SPLIT
-    raise InputError("this recipe needs calibration data: give calibration= a list of texts or chats, or a .jsonl file")
+    raise InputError("needs a calibration: pass calibration=, such as a list of texts or chats, or a .jsonl file")
 
 
 def tokenizer_of(graph: Graph) -> Tokenizer:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from llmlab.graph.edit import Editor, constant_expression, operand, producer, scope
+from llmlab.graph.edit import Editor, constant_expression, is_bfloat16, operand, producer, scope
 from llmlab.graph.linear import Linear, linear
 from llmlab.graph.lower.weights import evaluate
 from llmlab.quant.projections import Projection
@@ -47,8 +47,8 @@ def find_fold(products: Sequence[gs.Node]) -> Fold:
     mul = Fold("mul", products[0])
     before = producer(x)
     readers = products
-    while before is not None and before.op == "Gather" and before.attrs.get("axis", 0) == 0 and _only(x, readers):
-        x, readers = before.inputs[0], [before]  # the rows whose logits are wanted
+    while before is not None and _passes(before) and _only(x, readers):
+        x, readers = before.inputs[0], [before]
         before = producer(x)
     if before is None or not _only(x, readers):
         return mul
@@ -72,6 +72,15 @@ def find_fold(products: Sequence[gs.Node]) -> Fold:
         offset = sum(int(t.shape[-1]) for t in split.outputs[: [id(t) for t in split.outputs].index(id(v))])
         return _rows(split.inputs[0], [split], offset + rows) or mul
     return mul
+
+
+def _passes(node: gs.Node) -> bool:
+    """Whether a node gives some rows of what it reads (those whose logits are wanted), or the same in another type of floats."""
+    if node.op == "Gather":
+        return node.attrs.get("axis", 0) == 0 and not constant_expression(node.inputs[0])
+    return node.op == "Cast" and all(
+        is_bfloat16(t) or np.dtype(t.dtype).kind == "f" for t in (node.inputs[0], node.outputs[0])
+    )
 
 
 def _only(tensor: gs.Tensor, readers: Sequence[gs.Node]) -> bool:

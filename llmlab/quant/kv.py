@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from llmlab.graph.graph import Graph
 from llmlab.quant.calibrate import observe
-from llmlab.quant.data import Ids, calibration_data, tokenizer_of
-from llmlab.quant.kv_scales import CACHES, Scales, place_scales, scale_of
+from llmlab.quant.data import Ids
+from llmlab.quant.kv_scales import CACHES, Scales, scale_of
 from llmlab.quant.observers import AbsMax, Rows
 from llmlab.quant.recipe import KVCache
 
@@ -35,11 +34,3 @@ def kv_scales(
             pair.append(scale_of(absmax, dtype, cache.per, layer.kv_heads, some[name].sample if narrow else None))
         scales.append(Scales(*pair))
     return scales
-
-
-def quantize_cache(graph: Graph, cache: KVCache, calibration: Any, *, seed: int = 0) -> None:
-    """Make the KV cache of a float32 serving graph, in place, what `cache` says, with scales from a calibration: texts, chats, ids or
-    the path of a .jsonl file."""
-    tokenizer = tokenizer_of(graph) if "tokenizer.json" in graph.assets else None
-    data = calibration_data(calibration, tokenizer, seed=seed)
-    place_scales(graph, CACHES[cache.dtype], kv_scales(graph, cache, data, seed=seed))

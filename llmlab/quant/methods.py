@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from llmlab.errors import InputError
 from llmlab.graph.edit import Editor, sort_nodes
 from llmlab.graph.graph import Graph
+from llmlab.quant.calibrated import calibrate
+from llmlab.quant.data import Ids, calibration_data, default_source, tokenizer_of
 from llmlab.quant.grid import Rounded
-from llmlab.quant.kv import quantize_cache
+from llmlab.quant.kv import kv_scales
+from llmlab.quant.kv_scales import CACHES, place_scales
 from llmlab.quant.projections import Projection, projections
-from llmlab.quant.recipe import Activations, Recipe, Weights
+from llmlab.quant.recipe import Activations, Recipe, Weights, needs_calibration
+from llmlab.quant.rounding import named
 
 
 @dataclass
@@ -32,15 +35,31 @@ class Job:
 @dataclass
 class Work:
     """What methods are given, and what they leave: `rounded` has the weight of a projection by name, where it isn't simply rounded to
-    nearest, `scales` the scale of its static activations. A method may change the graph (fold factors into weights)."""
+    nearest, `scales` the scale of its static activations. A method may change the graph (fold factors into weights).
+
+    wide: the graph before it was converted to half precision, of its own, which a calibration runs. calibration: data as the caller gave it. cache: a folder
+    for what a calibration finds.
+    """
 
     graph: Graph
+    wide: Graph
     recipe: Recipe
     jobs: list[Job]
     calibration: Any = None
     seed: int = 0
+    cache: Path | None = None
     rounded: dict[str, Rounded] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
+    _data: list[Ids] | None = None
+
+    def data(self) -> list[Ids]:
+        """The calibration data as ids; the zoo's split for the zoo's model. Raises InputError where there is none."""
+        if self._data is None:
+            with named(self.recipe.name or "this recipe"):
+                source = default_source(self.wide) if self.calibration is None else self.calibration
+            tokenizer = tokenizer_of(self.wide) if "tokenizer.json" in self.wide.assets else None
+            self._data = calibration_data(source, tokenizer, seed=self.seed)
+        return self._data
 
     def refresh(self) -> None:
         """Find the jobs' projections again, after the graph was changed."""
@@ -54,40 +73,22 @@ class Work:
         return Editor(self.graph)
 
 
-def _kv_cache(work: Work, jobs: list[Job]) -> None:
-    cache = work.recipe.kv_cache
-    assert cache is not None
-    quantize_cache(work.graph, cache, work.calibration, seed=work.seed)
-
-
-Method = Callable[[Work, list[Job]], None]
-METHODS: dict[str, Method] = {"kv_cache": _kv_cache}
-"""Of those jobs that want it, in this order: smooth, awq, gptq, static (activations' scales); and kv_cache, of no jobs."""
-_ORDER = ("smooth", "awq", "gptq", "static", "kv_cache")
-
-
 def run_methods(work: Work) -> None:
     """Do all that needs a calibration. Raises InputError where there is none."""
-    for name in _ORDER:
-        jobs = [job for job in work.jobs if name in wanted(job)]
-        if not jobs and not (name == "kv_cache" and work.recipe.kv_cache is not None):
-            continue
-        if work.calibration is None:
-            raise InputError(
-                f"{work.recipe.name or 'this recipe'} needs a calibration ({name}): pass calibration=, such as a list of texts"
-            )
-        if name not in METHODS:
-            raise InputError(f"{name} is not available in this version; choose a recipe that rounds to nearest")
-        METHODS[name](work, jobs)
+    for job in work.jobs:
+        if job.weights is not None and job.projection.node.op != "MatMul":
+            job.weights = replace(job.weights, method="rtn")  # what each expert is given isn't seen
+    if any(needs_calibration(job.weights, job.activations) for job in work.jobs):
+        found = calibrate(
+            work.wide,
+            {job.name: (job.weights, job.activations) for job in work.jobs},
+            work.data(),
+            seed=work.seed,
+            cache=work.cache,
+        )
+        rows = found.fold(work.graph)
+        found.fold(work.wide)
+        work.rounded, work.scales = found.rounded(rows), found.scales
         work.refresh()
-
-
-def wanted(job: Job) -> set[str]:
-    """The methods that a job needs."""
-    found = {job.weights.method} if job.weights is not None else set()
-    if job.activations is not None:
-        if job.activations.smooth is not None:
-            found.add("smooth")
-        if not job.activations.dynamic:
-            found.add("static")
-    return found
+    if (cache := work.recipe.kv_cache) is not None:
+        place_scales(work.graph, CACHES[cache.dtype], kv_scales(work.wide, cache, work.data(), seed=work.seed))

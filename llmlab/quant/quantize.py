@@ -30,12 +30,15 @@ def quantize(
     calibration: Any = None,
     *,
     seed: int = 0,
+    cache: str | Path | None = None,
 ) -> Graph:
     """The serving graph quantized as `recipe` says; the input is not changed.
 
     recipe: a name (`int4_rtn`, `int8_dynamic+kv_int8`; `llmlab.Recipe` lists them), a dict, the path of a YAML file or a Recipe.
-    calibration: what the model is shown where the recipe needs to see activations: texts, chats, the path of a .jsonl file, or ids.
-    seed: of whatever a method draws at random.
+    calibration: what the model is shown where the recipe needs to see activations: a list of texts, of chats or of sequences of token ids, or
+        the path of a .jsonl file (`quant/data.py`); up to 128 samples of up to 512 tokens. None: the calibration split of the zoo, for tinychat.
+    seed: of whatever is drawn at random.
+    cache: a folder where a calibration keeps what it finds: an interrupted one goes on where it was.
     The last report in `history` says what each projection got, and which stayed wide and why. Weights that are rounded to nearest
     are computed when the graph is saved or built, one at a time. Raises InputError that says what doesn't fit: a graph that isn't a
     serving graph or is quantized already, a pattern that matches nothing, a group size that doesn't divide a weight, a calibration
@@ -51,7 +54,8 @@ def quantize(
             result = convert(result, recipe.precision)
     if not any((recipe.weights, recipe.activations, recipe.kv_cache, recipe.layers, recipe.precision)):
         raise InputError("the recipe says nothing: name weights, activations, a KV cache, layers or a precision")
-    rule = _Quantize(Work(result, recipe, plan(result, recipe), calibration, seed))
+    kept = None if cache is None else Path(cache)
+    rule = _Quantize(Work(result, graph.copy(), recipe, plan(result, recipe), calibration, seed, kept))
     run_pass(rule, result)
     result.history[-1] = _report(result.history[-1], recipe, rule.rows)
     return result

@@ -11,6 +11,7 @@ from llmlab.errors import InputError
 from llmlab.quant.grid import Grid
 
 METHODS = ("rtn", "gptq", "awq")
+SCALES = ("absmax", "percentile", "mse")
 PRECISIONS = ("float16", "bfloat16")
 KEPT = ("embedding", "head", "router", "small")
 """Roles of projections that stay wide unless an override names them: they are few, and errors in them cost most."""
@@ -22,7 +23,8 @@ class Weights:
 
     dtype: int8, int4, int3 or fp8. group: numbers of a row that share a scale (16 to 256); 0: as `per` says, a scale a
     row (`channel`) or for the whole matrix (`tensor`). symmetric: without a zero point. method: `rtn` (to nearest), `gptq`
-    or `awq`. damping, act_order: of GPTQ. clip: whether AWQ searches what to clip.
+    or `awq`. damping, act_order: of GPTQ. clip: whether AWQ searches what to clip. sequential: whether a calibration goes on with the
+    rounded weight, so that layers behind it are solved for what they will be given.
     """
 
     dtype: str = "int8"
@@ -33,10 +35,11 @@ class Weights:
     damping: float = 0.01
     act_order: bool = True
     clip: bool = True
+    sequential: bool = True
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
-        for name in ("symmetric", "act_order", "clip"):
+        for name in ("symmetric", "act_order", "clip", "sequential"):
             _flag(name, getattr(self, name))
         _number("damping", self.damping, 0.0, 1.0)
         _ = self.grid
@@ -56,13 +59,15 @@ class Activations:
 
     dtype: int8 or fp8. dynamic: the scale of each token (per="token") is computed in the step; else one scale (per="tensor")
     is chosen from a calibration. smooth: SmoothQuant's strength, 0 to 1, with which outliers go into the weights; None: not.
+    scale: how a static one is chosen: `absmax` (the largest number seen), `percentile` (99.99 % of the magnitudes lie below) or `mse`
+    (least squared error).
     """
 
     dtype: str = "int8"
     per: str = "tensor"
     dynamic: bool = False
     smooth: float | None = None
-    scale: str = "absmax"
+    scale: str = "mse"
 
     def __post_init__(self) -> None:
         _one_of("activations.dtype", self.dtype, ("int8", "fp8"))
@@ -75,6 +80,7 @@ class Activations:
             )
         if self.smooth is not None:
             _number("smooth", self.smooth, 0.0, 1.0)
+        _one_of("activations.scale", self.scale, SCALES)
 
     @property
     def grid(self) -> Grid:
@@ -98,6 +104,13 @@ class KVCache:
 
     def __str__(self) -> str:
         return f"{self.dtype} per {self.per}"
+
+
+def needs_calibration(weights: Weights | None, activations: Activations | None) -> bool:
+    """Whether inputs have to be seen before a projection can be quantized like this."""
+    if weights is not None and weights.method != "rtn":
+        return True
+    return activations is not None and (not activations.dynamic or activations.smooth is not None)
 
 
 @dataclass(frozen=True)
@@ -139,10 +152,7 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether activations have to be seen before this recipe can be applied."""
         given = [(self.weights, self.activations), *((o.weights, o.activations) for o in self.layers)]
-        return self.kv_cache is not None or any(
-            (w is not None and w.method != "rtn") or (a is not None and (not a.dynamic or a.smooth is not None))
-            for w, a in given
-        )
+        return self.kv_cache is not None or any(needs_calibration(*asked) for asked in given)
 
     @classmethod
     def parse(cls, given: str | Path | Mapping[str, Any] | Recipe) -> Recipe:

@@ -21,7 +21,7 @@ from llmlab.quant.fold import Fold, find_fold
 from llmlab.quant.gptq import gptq
 from llmlab.quant.grid import Grid, Rounded
 from llmlab.quant.projections import Projection, projections
-from llmlab.quant.recipe import Activations, Weights
+from llmlab.quant.recipe import Activations, Weights, needs_calibration
 from llmlab.quant.rounding import named
 from llmlab.quant.smoothquant import smoothing_factor
 from llmlab.quant.statistics import Statistics
@@ -55,13 +55,6 @@ METHODS: dict[str, tuple[Method, frozenset[str]]] = {
 """By name: how weights that share an input are rounded, and what has to be known of that input."""
 
 
-def needs_calibration(weights: Weights | None, activations: Activations | None) -> bool:
-    """Whether inputs have to be seen before a projection can be quantized like this."""
-    if weights is not None and weights.method != "rtn":
-        return True
-    return activations is not None and (not activations.dynamic or activations.smooth is not None)
-
-
 @dataclass(frozen=True, eq=False)
 class Found:
     """factor [K]: what the input is to be divided by, and the columns of all weights multiplied by. scale: of static activations. rounded: by
@@ -73,27 +66,20 @@ class Found:
 
 
 class Solver:
-    """Solves the groups of products of a serving graph, one by one; what it gives can be kept in a file.
+    """Solves the groups of products of a serving graph, one by one; what it gives can be kept in a file."""
 
-    sequential: whether the model goes on with the quantized weights of the groups before.
-    """
-
-    def __init__(self, graph: Graph, assigned: Assigned, *, sequential: bool) -> None:
+    def __init__(self, graph: Graph, assigned: Assigned) -> None:
         self._assigned = assigned
         self._members: dict[str, list[Projection]] = {}
         self._folds: dict[str, Fold] = {}
         self.groups: list[Group] = []
         by_input: dict[int, list[Projection]] = {}
-        sequential = sequential and any(needs_calibration(*asked) for asked in assigned.values())
+        any_seen = any(needs_calibration(*asked) for asked in assigned.values())
         for projection in projections(graph):
             if projection.node.op == "MatMul":
                 by_input.setdefault(id(projection.input), []).append(projection)
         for sharing in by_input.values():
-            chosen = {
-                id(p.node)
-                for p in sharing
-                if needs_calibration(*self._of(p)) or (sequential and self._of(p)[0] is not None)
-            }
+            chosen = {id(p.node) for p in sharing if any_seen and (needs_calibration(*self._of(p)) or self._goes_on(p))}
             members = [p for p in sharing if id(p.node) in chosen]
             if not members:
                 continue
@@ -104,7 +90,7 @@ class Solver:
             self.groups.append(Group(name, members[0].input.name, products))
             self._members[name] = members
             self._folds[name] = find_fold(list({id(p.node): p.node for p in members}.values()))
-        self.settings = repr([(p.name, self._of(p)) for m in self._members.values() for p in m]) + str(sequential)
+        self.settings = repr([(p.name, self._of(p)) for m in self._members.values() for p in m])
 
     def wanted(self, group: Group) -> frozenset[str]:
         """What has to be seen of the group's input."""
@@ -160,18 +146,24 @@ class Solver:
         return Found(arrays.get("factor"), None if scale is None else float(scale), rounded)
 
     def effective(self, group: Group, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The weights [N, K] that the quantized model multiplies the undivided input by."""
+        """The weights [N, K] that the quantized model multiplies the undivided input by, of those that the walk goes on with."""
         found = self.found(group, arrays)
         by = np.float32(1) if found.factor is None else found.factor
         result: dict[str, np.ndarray] = {}
         for p in self._members[group.name]:
             weights, _ = self._of(p)
+            if not self._goes_on(p):
+                continue
             if p.name in found.rounded:
                 result[p.name] = found.rounded[p.name].dequantize() / by
             elif weights is not None:
                 with named(p.name):
                     result[p.name] = weights.grid.quantize(p.load() * by).dequantize() / by
         return result
+
+    def _goes_on(self, projection: Projection) -> bool:
+        weights, _ = self._of(projection)
+        return weights is not None and weights.sequential
 
     def _of(self, projection: Projection) -> tuple[Weights | None, Activations | None]:
         return self._assigned.get(projection.name, (None, None))

@@ -52,7 +52,7 @@ def walk(
     solve: Callable[[Group, Statistics], Arrays],
     *,
     wanted: Callable[[Group], frozenset[str]],
-    effective: Callable[[Group, Arrays], Mapping[str, np.ndarray]] | None = None,
+    effective: Callable[[Group, Arrays], Mapping[str, np.ndarray]] = lambda group, arrays: {},
     cache: Path | None = None,
     settings: str = "",
     seed: int = 0,
@@ -62,8 +62,7 @@ def walk(
     """Yields what `solve` gives for each group, in the order in which the model meets them, as soon as it is known.
 
     solve: from a group and what was seen of its input, arrays. wanted: what of it is to be seen: absmax, meanabs, sample, gram.
-    effective: from those arrays, the weights [N, K] by projection with which the model goes on (sequential); None: it goes on
-        with its own.
+    effective: from those arrays, the weights [N, K] by projection with which the model goes on; else it does with its own.
     cache: a folder that keeps what was found, and what an interrupted run needs to go on where it was; used by a run of the same
         graph, data, `settings` and seed.
     Memory: the weights of one group, its statistics (with `gram` 4 · K² bytes, twice that while it grows) and one batch. Files: what
@@ -111,8 +110,7 @@ def walk(
             for group in met:
                 arrays = results[group.name]
                 assert arrays is not None
-                if effective is not None:
-                    current |= effective(group, arrays)
+                current |= effective(group, arrays)
                 yield group, arrays
 
 

@@ -129,7 +129,7 @@ def test_the_zoos_model_has_a_split_of_its_own(store: Store) -> None:
     assert len(found) == 40 and data_key(found) == data_key(calibration_data("tinychat", own, samples=40))
     first = own.decode(found[0], skip_special_tokens=False).split("<|user|>")[1].split("<|end|>")[0]
     assert split_of([first]) == "calibration"
-    with pytest.raises(InputError, match="needs calibration data"):
+    with pytest.raises(InputError, match="needs a calibration: pass calibration="):
         default_source(store.serving("llama"))
     with pytest.raises(InputError, match="carries no tokenizer"):
         tokenizer_of(store.serving("llama"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from conftest import Store
 from fake_quant import fake_quantized
+from static_scales import ANYTHING, static_scale
 from steps import Plan, all_rows, batches, cached_generation, slot_tables, worst_error
 
 import llmlab as ll
 from llmlab.errors import InputError
 from llmlab.graph.graph import Graph
 from llmlab.graph.store.storage import constants
-from llmlab.quant import methods
 from llmlab.quant.recipe import Activations, Recipe, Weights
 from llmlab.runtime.engine import Engine
 
@@ -50,13 +50,9 @@ RECIPES: dict[str, tuple[Any, float]] = {
 
 
 @pytest.fixture(autouse=True)
-def static_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of a calibration."""
-
-    def static(work: methods.Work, jobs: list[methods.Job]) -> None:
-        work.scales.update({job.name: STATIC for job in jobs})
-
-    monkeypatch.setitem(methods.METHODS, "static", static)
+def found_scales() -> Iterator[None]:
+    with static_scale(STATIC):
+        yield
 
 
 def chosen(recipe: Recipe) -> Callable[[str], tuple[Weights | None, Activations | None]]:
@@ -91,7 +87,7 @@ def error(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
 def test_the_engine_computes_what_the_recipe_says(store: Store, tmp_path: Path, case: str) -> None:
     given, tolerance = RECIPES[case]
     recipe = Recipe.parse(given)
-    graph = ll.quantize(store.serving("llama"), recipe, calibration=["any"])
+    graph = ll.quantize(store.serving("llama"), recipe, calibration=ANYTHING)
     engine = ll.build(graph, tmp_path / "engine", max_tokens_per_step=32, accuracy_level=1)
     assert engine.manifest.recipe == recipe.to_dict() == graph.recipe
     model = store.model("llama")
@@ -191,9 +187,7 @@ def test_recipes_that_do_not_fit(store: Store, recipe: Any, reason: str) -> None
 
 
 def test_a_calibration_that_is_missing(store: Store) -> None:
-    with pytest.raises(
-        InputError, match=r"int8_w8a8 needs a calibration \(static\): pass calibration=, such as a list"
-    ):
+    with pytest.raises(InputError, match="int8_w8a8: needs a calibration: pass calibration=, such as a list of texts"):
         ll.quantize(store.serving("llama"), "int8_w8a8")
 
 

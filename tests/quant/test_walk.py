@@ -30,7 +30,7 @@ def data(count: int = 8, seed: int = 0) -> list[np.ndarray]:
 
 def solver(graph: Graph, *, sequential: bool = True, method: str = "gptq") -> Solver:
     layers = [p.name for p in projections(graph) if p.layer is not None]
-    return Solver(graph, {name: (Weights("int4", 16, method=method), None) for name in layers}, sequential=sequential)
+    return Solver(graph, {name: (Weights("int4", 16, method=method, sequential=sequential), None) for name in layers})
 
 
 def taken(graph: Graph, own: Solver, **options: Any) -> tuple[dict[str, Statistics], dict[str, dict[str, np.ndarray]]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import numpy as np
+from static_scales import ANYTHING, static_scale
 
 import llmlab as ll
 from llmlab.graph.graph import Graph
-from llmlab.quant import methods
+from llmlab.quant.projections import projections
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,7 @@ def quantise(graph: Graph, recipe: dict[str, Any]) -> tuple[Graph, int]:
     """A serving graph as the recipe says, static activations with a scale out of the air; and how many weights (numbers) were
     quantised."""
 
-    def static(work: methods.Work, jobs: list[methods.Job]) -> None:
-        work.scales.update({job.name: 0.05 for job in jobs})
-
-    with mock.patch.dict(methods.METHODS, static=static):
-        result = ll.quantize(graph, recipe, calibration=["anything"])
-    done = [p for p in methods.projections(result) if p.is_quantized]
+    with static_scale(0.05):
+        result = ll.quantize(graph, recipe, calibration=ANYTHING)
+    done = [p for p in projections(result) if p.is_quantized]
     return result, int(sum(np.prod(p.shape) for p in done))
