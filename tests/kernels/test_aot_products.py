@@ -16,7 +16,7 @@ from llmlab.cuda import Device, Stream
 from llmlab.errors import EngineError
 from llmlab.kernels.binaries import KernelSet
 from llmlab.kernels.compile import SHARED_LIMITS, compile_kernels
-from llmlab.kernels.gpu.launch_product import ROW_CLASSES, ProductKind
+from llmlab.kernels.gpu.launch_product import ROW_CLASSES, ProductKind, Tile, tile
 from llmlab.kernels.product_sources import product_sources
 from llmlab.kernels.products import Product, ProductPointers
 
@@ -59,10 +59,10 @@ def launched() -> Iterator[Launched]:
 
 def test_one_launch_whatever_the_rows_on_the_stream_that_was_given(launched: Launched) -> None:
     product = launched.product(HALF)
-    few, many = launched.enqueue(product, 3), launched.enqueue(product, 300)
+    few, many = launched.enqueue(product, 2), launched.enqueue(product, 300)
     assert (few.kernel, many.kernel) == ("product_rows", "product_tiles")
     assert few.stream == many.stream == 77
-    assert launched.values(few)["rows"] == 3 and launched.values(many)["rows"] == 300
+    assert launched.values(few)["rows"] == 2 and launched.values(many)["rows"] == 300
     launched.fake.launches.clear()
     product.enqueue(77, POINTERS, rows=0)
     assert not launched.fake.launches
@@ -110,11 +110,20 @@ def test_products_of_other_sizes_share_their_kernels() -> None:
     assert {str(s.labels) for s in small} == {str(s.labels) for s in large}
 
 
-def test_one_kernel_for_each_class_of_rows_and_none_that_the_engine_never_needs() -> None:
-    assert [len(product_sources(HALF, rows)) for rows in (1, 2, 3, 8, 4096)] == [1, 2, 3, 4, len(ROW_CLASSES)]
+def test_a_kernel_for_each_class_of_rows_and_none_that_the_engine_never_needs() -> None:
+    counts = [len(product_sources(HALF, rows)) for rows in (1, 2, *ROW_CLASSES[2:])]
+    assert counts == sorted(counts) and counts[:2] == [1, 2] and counts[-1] >= 7
     assert len(product_sources(replace(INT8, x="int8"), 1)) == 2  # x is made int8 first
     for sources in (product_sources(kind, 4096) for kind in KINDS.values()):
         assert len({str(s.labels) for s in sources}) == len(sources)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_number_of_rows_has_a_cut_that_the_kernels_can_do(kind: ProductKind) -> None:
+    for rows in (1, 2, 3, 4, 5, 16, 17, 100, 200, 400, 5000):
+        cut = tile(kind, rows)
+        assert isinstance(cut, Tile) or rows <= cut.rows
+        assert not isinstance(cut, Tile) or not kind.group or kind.group % cut.depth == 0
 
 
 def test_nothing_is_allocated_or_waited_for(launched: Launched) -> None:
@@ -156,7 +165,7 @@ def compiled_shape(kernels: KernelSet) -> set[Any]:
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_compiled_kernels_have_the_parameters_that_are_launched(architecture: int) -> None:
-    sources = product_sources(replace(INT8, bias=True), 8)[::3]  # one row, and up to 16
+    sources = product_sources(replace(INT8, bias=True), 8)[:3:2]  # one row, and up to 16
     compiled = compile_kernels(sources, [architecture])
     assert compiled_shape(compiled) == compiled_shape(uncompiled(sources, architecture))
     assert all(kernel.cubin.startswith(b"\x7fELF") for kernel in compiled.kernels)

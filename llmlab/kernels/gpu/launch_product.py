@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmlab.errors import InputError
 from llmlab.kernels.gpu.geometry import Launch, power_of_two
+from llmlab.kernels.gpu.product_cuts import CUTS, ROW_CLASSES, Tile, Vector
 
 BITS = {"float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
 """Of one value of a weight, by its type."""
 GATES = ("", "silu", "gelu", "gelu_tanh", "relu")
 _FLOATS = ("float16", "bfloat16")
 _OUTPUTS = (*_FLOATS, "float32")
+_FEW_COLUMNS = 8192
 _TILES_TOGETHER = 8  # row tiles whose programs run side by side, so that they find each other's weights in the L2 cache
 
 
@@ -99,70 +101,21 @@ class ProductKind:
         }
 
 
-@dataclass(frozen=True)
-class Vector:
-    """`product_rows`: each program has some columns of out, for up to 4 rows, without tensor cores."""
-
-    rows: int
-    columns: int
-    warps: int
-    unroll: int = 1
-    """Times 16 bytes that a thread reads of each row of W at once."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """`product_tiles`: each program has rows x columns of out, `depth` columns of x at a time."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    swap: bool = False
-    """W's tile is the left side of the product that the tensor cores see, so that few rows don't leave them idle."""
-
-
 def row_class(rows: int) -> int:
     """The most rows of the class that `rows` falls into."""
     return next((most for most in ROW_CLASSES if rows <= most), ROW_CLASSES[-1])
 
 
-ROW_CLASSES = (1, 2, 4, 16, 32, 64, 128, 1 << 30)
-
-
 def tile(kind: ProductKind, rows: int) -> Vector | Tile:
-    """How this product is cut for a step of `rows` rows: what was fastest on an H200 (`benchmarks/gpu_products.py --tune`)."""
-    most = row_class(rows)
-    if most <= 4:
-        return _vector(kind, most)
-    if kind.bits < 16:
-        return _quantized_tile(kind, most)
-    narrow = kind.width <= 8192 and not kind.gate  # few tiles: they are made thin, so that every multiprocessor has one
-    if most <= 32:
-        return (
-            Tile(most, 32, 256, 4, 4, swap=True) if narrow else Tile(most, 128, 64, 8, 4 if kind.gate else 6, swap=True)
-        )
-    if most <= 64:
-        return Tile(most, 32, 128, 4, 6) if narrow else Tile(most, 64, 64, 4, 4 if kind.gate else 6, swap=True)
-    if most <= 128:
-        return Tile(most, 32, 128, 4, 4) if narrow else Tile(most, 64, 64, 4, 4, swap=True)
-    return Tile(128, 128, 64, 8, 4, swap=True) if kind.gate else Tile(256, 128, 64, 8, 3, swap=True)
-
-
-def _vector(kind: ProductKind, rows: int) -> Vector:
-    if kind.bits == 16:
-        return Vector(rows, 1, 2 if kind.depth % 2048 else 8, 1 if kind.gate or rows > 1 else 2)
-    if kind.bits == 8:
-        return Vector(rows, 1 if kind.gate else 2, 1, 2)
-    return Vector(rows, 2 if kind.gate else 4, 4 if kind.depth > 8192 else 2)
-
-
-def _quantized_tile(kind: ProductKind, most: int) -> Tile:
-    depth = kind.group or 128
-    if most <= 128:
-        return Tile(max(16, most), 32 if kind.gate else 64, depth, 4, 4 if most <= 64 else 3, swap=True)
-    return Tile(128, 64 if kind.gate else 128, min(depth, 64), 8, 3, swap=True)
+    """How this product is cut for a step of `rows` rows."""
+    cuts = CUTS["8 by 8 bits" if kind.x else f"{kind.bits} bits"]
+    few, many, gated = cuts[next(most for most in cuts if rows <= most)]
+    cut = gated if kind.gate else few if kind.width <= _FEW_COLUMNS else many
+    if isinstance(cut, Tile):
+        return replace(cut, depth=min(cut.depth, kind.group or cut.depth))
+    if kind.bits == 16 and cut.rows == 1 and kind.depth % 4096 and not kind.gate:
+        return replace(cut, warps=2)  # the last turn of the loop would leave most threads of more warps idle
+    return cut
 
 
 def launch(kind: ProductKind, rows: int, cut: Vector | Tile | None = None) -> tuple[str, Launch]:
@@ -197,8 +150,10 @@ def quantize(kind: ProductKind, rows: int) -> tuple[str, Launch]:
 
 
 def launches(kind: ProductKind, max_rows: int) -> list[tuple[str, Launch]]:
-    """What steps of up to `max_rows` rows launch, one for each class of them."""
-    return [launch(kind, rows) for rows in ROW_CLASSES[: ROW_CLASSES.index(row_class(max_rows)) + 1]]
+    """What steps of up to `max_rows` rows launch: one for each class of them, some of which share a kernel."""
+    classes = ROW_CLASSES[: ROW_CLASSES.index(row_class(max_rows)) + 1]
+    found = [launch(kind, rows) for rows in classes]
+    return list({f"{name} {labels(kind, each)}": (name, each) for name, each in found}.values())
 
 
 def labels(kind: ProductKind, launch: Launch) -> dict[str, Any]:
