@@ -6,7 +6,7 @@
 
 `prepare` exports and optimizes a checkpoint whose weights are holes in a file, and compiles the kernels; FOLDER is then a few
 MB; `kernels` compiles them again. `run` fills the checkpoint with random weights, builds an fp16 engine and measures: `--batch` sequences of 128 tokens in
-and 128 out, 256 requests of mixed lengths in flight against static batches, then a decode step of each batch size, part by
+and 128 out, 256 requests of mixed lengths in flight against static batches (gpu_traffic.py), then a decode step of each batch size, part by
 part, beside the time that reading the weights once would take. `--layers` measures a model of fewer layers, whose steps say
 what one layer costs.
 """
@@ -85,7 +85,13 @@ def compile_again(folder: Path, given: argparse.Namespace) -> None:
     """The kernels of a prepared folder, with this llmlab; the checkpoint's sizes are enough."""
     facts = json.loads((folder / "shape.json").read_text())
     checkpoint = fill(facts, random=False)
-    compile_into(folder, ll.Graph.load(folder / "graph", weights_from=checkpoint), given, facts["seq"])
+    compile_into(folder, load(folder, checkpoint, given), given, facts["seq"])
+
+
+def load(folder: Path, checkpoint: Path, given: argparse.Namespace) -> ll.Graph:
+    """The graph, quantized where that is asked for: by rounding to nearest, when the weights are written."""
+    graph = ll.Graph.load(folder / "graph", weights_from=checkpoint)
+    return graph if given.quantize is None else ll.quantize(graph, given.quantize)
 
 
 def fill(facts: dict[str, Any], *, random: bool = True) -> Path:
@@ -161,7 +167,7 @@ def build(folder: Path, checkpoint: Path, work: Path, facts: dict[str, Any], giv
     timed(build_tensorrt, "write_tensors", tell, lambda path, tensors: f"{path.name}, {len(tensors)} tensors")
     timed(Manifest, "write", tell, lambda *_: "hashes")
     return ll.build(
-        ll.Graph.load(folder / "graph", weights_from=checkpoint),
+        load(folder, checkpoint, given),
         work / "engine",
         target="tensorrt",
         config=config(given, facts["seq"]),
@@ -175,6 +181,7 @@ def run(folder: Path, work: Path, given: argparse.Namespace) -> None:
     found: dict[str, Any] = {
         "machine": describe(),
         "shape": facts["shape"],
+        "quantize": given.quantize,
         "layers": facts["sizes"]["num_hidden_layers"],
     }
 
@@ -229,6 +236,9 @@ def main() -> None:
         "--buckets", type=int, nargs="*", default=[1, 64], help="decode batches with a profile of their own"
     )
     parser.add_argument("--products", choices=("kernels", "tensorrt"), help="what computes large linear layers")
+    parser.add_argument(
+        "--quantize", help="a recipe that needs no calibration, such as int8; `kernels` and `run` take it"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--context", type=int, help="tokens of the sequences of one more decode step")

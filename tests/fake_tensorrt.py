@@ -18,7 +18,7 @@ import onnxruntime as ort
 import pytest
 from fake_driver import installed
 from host_driver import HostDriver, view
-from lowered import norm, product
+from lowered import dequantized, norm, product, rounded
 
 from llmlab.kernels.attention import AttentionPointers
 from llmlab.kernels.binaries import KernelSet
@@ -269,6 +269,9 @@ def fake_product(driver: HostDriver) -> type:
         def __init__(self, kernels: KernelSet, device: Any, kind: Any) -> None:
             self.kind = kind
 
+        def scratch_bytes(self, rows: int) -> int:
+            return rows * (self.kind.depth + 4) if self.kind.x else 0
+
         def enqueue(self, stream: Any, pointers: ProductPointers, *, rows: int) -> None:
             p = ProductPointers(**vars(pointers))
             driver.enqueue(lambda: self.run(p, rows))
@@ -277,7 +280,15 @@ def fake_product(driver: HostDriver) -> type:
             kind = self.kind
             dtype, out_dtype = (_plain(name) for name in (kind.dtype, kind.out_dtype))
             x = view(p.x, (rows, kind.depth), dtype, p.x_stride)
-            weight = view(p.weight, (kind.outputs, kind.depth), dtype)
+            if kind.scale_shape is None:
+                weight = view(p.weight, (kind.outputs, kind.depth), dtype)
+            else:
+                stored, scale = view(p.weight, kind.weight_shape, np.int8), view(p.scale, kind.scale_shape, np.float16)
+                weight = dequantized(stored, scale, kind.bits, kind.depth, kind.group, packed=not kind.x)
+            if kind.x:
+                assert p.scratch
+                view(p.scratch, (rows * (kind.depth + 4),), np.uint8)[...] = 0xA5
+                x = rounded(x)
             bias = view(p.bias, (kind.outputs,), dtype) if kind.bias else None
             add = view(p.add, (rows, kind.width), dtype) if kind.add else None
             with np.errstate(all="ignore"):

@@ -74,8 +74,14 @@ class Execution:
     def _multiply(self, part: Multiply, values: Arrays) -> np.ndarray:
         x = values[part.x.tensor][:, part.x.offset : part.x.offset + part.depth]
         weight = values[part.weight]
-        spec = self.lowered.tensors[part.out]
-        assert x.dtype == weight.dtype == np.dtype(part.weight_dtype) and spec.width == part.width
+        assert self.lowered.tensors[part.out].width == part.width
+        if part.scale is None:
+            assert x.dtype == weight.dtype == np.dtype(part.weight_dtype)
+        else:
+            assert weight.dtype == np.int8 and values[part.scale].dtype == np.float16
+            bits = {"int8": 8, "int4": 4}[part.weight_dtype]
+            weight = dequantized(weight, values[part.scale], bits, part.depth, part.group, packed=not part.rounded)
+        x = rounded(x) if part.rounded else x
         assert weight.shape == (part.width * (2 if part.gate else 1), part.depth)
         out = product(x, weight, part.gate, *(None if n is None else values[n] for n in (part.bias, part.add)))
         return out.astype(_dtype(self.lowered, part.out))
@@ -111,15 +117,35 @@ def product(
     """What a product's kernel computes, in float32."""
     out = x.astype(np.float32) @ weight.astype(np.float32).T
     if bias is not None:
-        assert bias.dtype == x.dtype
+        assert bias.dtype.itemsize == 2
         out += bias.astype(np.float32)
     if gate:
         act, up = np.split(out, 2, axis=1)
         out = ACTIVATIONS[gate](act) * up
     if add is not None:
-        assert add.dtype == x.dtype
+        assert add.dtype.itemsize == 2
         out += add.astype(np.float32)
     return out
+
+
+def dequantized(
+    stored: np.ndarray, scale: np.ndarray, bits: int, depth: int, group: int, *, packed: bool
+) -> np.ndarray:
+    """A weight float32 [N, K] from its integers as kernels read them (`packed`: words of columns that are 8 apart)."""
+    values = stored.astype(np.int32)
+    if packed:
+        places = 16 // bits
+        words = stored.view(np.uint16).reshape(len(stored), depth // (8 * places), 1, 8).astype(np.int32)
+        fields = words >> (bits * np.arange(places)).reshape(1, 1, places, 1) & ((1 << bits) - 1)
+        values = np.where(fields >= 1 << (bits - 1), fields - (1 << bits), fields).reshape(len(stored), depth)
+    spread = np.repeat(scale, group, axis=1) if group else scale[:, None]
+    return values.astype(np.float32) * spread.astype(np.float32)
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """Rows as int8 holds them, each by its largest number."""
+    step = np.maximum(np.abs(x).max(axis=1, keepdims=True).astype(np.float32) / 127, 1e-12)
+    return np.clip(np.rint(x.astype(np.float32) / step), -127, 127) * step
 
 
 def norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:

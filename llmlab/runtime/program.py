@@ -92,6 +92,8 @@ class Multiply:
     weight_dtype: str
     """float16, bfloat16, int8, or int4: two values a byte."""
     group: int = 0
+    rounded: str = ""
+    """`int8` where the rows of x are rounded to int8, each by its largest number, before they are multiplied; empty for none."""
     gate: str = ""
     scale: str | None = None
     bias: str | None = None

@@ -54,6 +54,24 @@ def test_ragged_steps_give_what_transformers_gives(store: Store, gpu: SimpleName
     assert gpu.driver.in_use == 0
 
 
+@pytest.mark.parametrize("recipe", ["int8", "int8_dynamic"])
+def test_engines_of_quantized_weights(store: Store, gpu: SimpleNamespace, tmp_path: Path, recipe: str) -> None:
+    """Half the bytes, and what transformers gives but for the rounding."""
+    engine = build(ll.quantize(store.serving("llama"), recipe), tmp_path / "e", precision="float16")
+    whole = ll.Engine.load(folder_of(store, "llama"))
+    sizes = [e.manifest.files[TENSORS]["size"] for e in (engine, whole)]
+    assert sizes[0] < 0.65 * sizes[1]
+    backend: Any = engine.backend(max_num_seqs=12, kv_blocks=BLOCKS)
+    expected = cached_generation(store.model("llama"), RAGGED, 96)
+    errors = []
+    for batch, wanted in [*steps(), steps()[-1]]:
+        want = np.array([expected[b][t] for b, t in wanted])
+        errors.append(worst_error(backend.execute(batch), want))
+    assert 1e-2 < max(errors) < 0.2
+    backend.close()
+    assert gpu.driver.in_use == 0
+
+
 def test_layers_run_one_plan_on_weights_of_their_own(store: Store, gpu: SimpleNamespace, tmp_path: Path) -> None:
     """With one layer's norms of heads on another's weights the answers change."""
     folder, expected = folder_of(store, "qwen3"), cached_generation(store.model("qwen3"), RAGGED, 96)

@@ -94,6 +94,8 @@ class Multiply:
     weight_dtype: str
     group: int = 0
     """Columns that share a scale, where the weight is quantized; 0: one scale a row."""
+    rounded: str = ""
+    """`int8` where the rows of x are rounded to int8, each by its largest number, before they are multiplied; empty for none."""
     gate: str = ""
     """`silu`, `gelu`, `gelu_tanh` or `relu`; empty for none."""
     scale: str | None = None

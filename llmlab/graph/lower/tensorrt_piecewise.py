@@ -17,7 +17,6 @@ from llmlab.graph.lower.tensorrt_products import MULTIPLE, PRODUCT
 from llmlab.graph.lower.tensorrt_weights import shared_key, weights_as_inputs
 from llmlab.graph.lower.views import columns
 from llmlab.graph.pieces import Piece
-from llmlab.graph.store.lazy import Values
 from llmlab.graph.store.storage import array
 
 TABLES = {8: "cos", 9: "sin", 10: "alibi_slopes", 11: "sinks", 12: "k_scale", 13: "v_scale"}
@@ -62,7 +61,7 @@ def cut_at_kernels(
         elif op == "PagedAttention":
             parts.append(_attend(piece, views[piece.name], tables))
         elif op == PRODUCT:
-            parts.append(_multiply(piece, views[piece.name], weights))
+            parts.append(_multiply(piece, views[piece.name]))
         else:
             parts.append(_normalize(piece, views[piece.name]))
     read = {name for part in parts if not isinstance(part, Attend) for name in _weights_of(part)}
@@ -108,18 +107,21 @@ def _dense(piece: Piece, keep_fp32: Collection[str], types: Mapping[str, str] | 
     return Dense(piece.name, piece.graph, key, kept)
 
 
-def _multiply(piece: Piece, views: list[View], weights: Mapping[str, Values]) -> Multiply:
+def _multiply(piece: Piece, views: list[View]) -> Multiply:
     node = piece.graph.surgeon.nodes[-1]
-    x, weight, bias, add = (operand(node, i) for i in range(4))
+    x, weight, bias, add, scale = (operand(node, i) for i in range(5))
     assert x is not None and weight is not None
     return Multiply(
         name=node.name,
         x=views[0],
         weight=weight.name,
         out=node.outputs[0].name,
-        depth=int(weight.shape[1]),
+        depth=int(weight.shape[1]) * (2 if node.attrs["weight_dtype"] == "int4" else 1),
         width=int(node.outputs[0].shape[1]),
-        weight_dtype=np.dtype(weights[weight.name].dtype).name,
+        weight_dtype=node.attrs["weight_dtype"],
+        group=node.attrs["group"],
+        rounded=node.attrs["x"],
+        scale=None if scale is None else scale.name,
         gate=node.attrs["gate"],
         bias=None if bias is None else bias.name,
         add=None if add is None else add.name,

@@ -11,11 +11,14 @@ import onnx_graphsurgeon as gs
 from llmlab.graph.edit import Editor, constant_expression, other, producer, scope
 from llmlab.graph.graph import LLMLAB_DOMAIN
 from llmlab.graph.linear import Linear, linear
+from llmlab.graph.lower.tensorrt_integers import Dequantized, IntegerWeight, behind_casts, integer_weight, rounded_rows
 from llmlab.graph.lower.weights import can_evaluate
 from llmlab.graph.passes.convert_precision import WIDE, TensorTypes
+from llmlab.graph.quantized import quantized
 
 PRODUCT = "Product"
-"""Inputs x [rows, K], weight [N', K], bias [N'] or none, add [rows, N] or none; attributes `gate` and `out_dtype`.
+"""Inputs x [rows, K], weight [N', K], bias [N'] or none, add [rows, N] or none, scale or none; attributes `gate`, `out_dtype`,
+`weight_dtype`, `group` and `x` (int8 where its rows are rounded first).
 N' is N, or with a gate 2N: the gate's rows, then those of what it multiplies."""
 GATES = ("silu", "gelu", "gelu_tanh", "relu")
 MULTIPLE = 16
@@ -25,8 +28,9 @@ MULTIPLE = 16
 def mark_products(edit: Editor, dtype: str, weak: bool, wide: Collection[str]) -> None:
     """Each linear layer on rows of tokens → a Product, with its bias, the residual that is added or the gate behind it.
 
-    dtype: float16 or bfloat16, what products compute in. What has no kernel stays: products in float32 (routers), of
-    quantized tensors, of sizes that are not multiples of 16, experts.
+    dtype: float16 or bfloat16, what products compute in. Weights may be int8 or int4 (`IntegerWeight`), and int8 ones may be
+    multiplied by rows that are rounded to int8 in the step. What has no kernel stays: products in float32 (routers), of sizes
+    that are not multiples of 16, of tensors that are quantized in other ways, experts.
     weak: the graph is in float32; products and what is looked up are narrow but for the nodes whose names are in `wide`.
     """
     marker = _Marker(edit, np.dtype(dtype), weak, wide if weak else ())
@@ -42,7 +46,7 @@ def mark_products(edit: Editor, dtype: str, weak: bool, wide: Collection[str]) -
 class _Found:
     """A product while it grows: what it reads, gives, and the nodes that it replaces."""
 
-    weight: gs.Tensor
+    weight: gs.Tensor | IntegerWeight
     bias: gs.Tensor | None
     out: gs.Tensor
     width: int
@@ -58,9 +62,13 @@ class _Marker:
         self._types = TensorTypes(edit, dtype, check_weights=False)
 
     def narrow_table(self, node: gs.Node) -> None:
-        """What tokens and positions are looked up in is stored narrow, so that a head tied to it is the same weight."""
+        """What tokens and positions are looked up in is stored narrow, and not as integers, so that a head tied to it is the same weight."""
         table = node.inputs[0]
-        if self._weak and node.name not in self._wide and table.dtype == WIDE and can_evaluate(table):
+        if (
+            stored := quantized(table)
+        ) is not None:  # looked up as what it stands for: a lookup gains nothing from integers
+            node.inputs[0] = gs.Constant(self._edit.name(f"{node.name}/table"), Dequantized(stored, self._dtype))
+        elif self._weak and node.name not in self._wide and table.dtype == WIDE and can_evaluate(table):
             node.inputs[0] = self._types.cast(table, self._dtype)
 
     def fits(self, layer: Linear) -> bool:
@@ -73,30 +81,53 @@ class _Marker:
             and all(len(s) == 2 and s[0] in ("T", "N") for s in shapes)
             and layer.depth % MULTIPLE == layer.width % MULTIPLE == 0
             and not constant_expression(x)
-            and producer(x, "DequantizeLinear") is None
-            and can_evaluate(layer.weight)
+            and self._kernel_reads(layer)
         )
+
+    def _kernel_reads(self, layer: Linear) -> bool:
+        """Whether there is a kernel for the types of this weight, and of x."""
+        x = layer.node.inputs[0]
+        if producer(behind_casts(x), "DequantizeLinear") is None:
+            return can_evaluate(layer.weight) or integer_weight(layer) is not None
+        rows, integers = rounded_rows(x), integer_weight(layer)
+        return rows is not None and rows.dtype == x.dtype and integers is not None and integers.by_row
 
     def mark(self, layer: Linear) -> None:
         edit, node, where = self._edit, layer.node, scope(layer.node)
-        weight = self._types.cast(layer.weight, self._dtype)
-        if not layer.transposed:
-            shape = [layer.width, layer.depth]
-            weight = edit.add("Transpose", where, [weight], {"perm": [1, 0]}, dtype=self._dtype, shape=shape)
-        found = _Found(weight, None, node.outputs[0], layer.width, [node])
+        rounded = rounded_rows(node.inputs[0])
+        integers = integer_weight(layer)
+        found = _Found(integers or self._float_weight(where, layer), None, node.outputs[0], layer.width, [node])
         if layer.bias is not None and list(layer.bias.shape) == [layer.width] and can_evaluate(layer.bias):
             found.bias, found.out = self._types.cast(layer.bias, self._dtype), layer.out
             found.replaced.append(layer.out.inputs[0])
         self._take_reader(where, found)
         self._choose_type(found)
-        inputs = [node.inputs[0], found.weight, found.bias, found.add]
-        attrs = {"gate": found.gate, "out_dtype": found.out_dtype}
+        attrs = {
+            "gate": found.gate,
+            "out_dtype": found.out_dtype,
+            "weight_dtype": self._dtype.name,
+            "group": 0,
+            "x": "",
+        }
+        inputs = [rounded or node.inputs[0], None, found.bias, found.add, None]
+        if isinstance(found.weight, IntegerWeight):
+            attrs |= {"weight_dtype": found.weight.dtype, "group": found.weight.group, "x": "int8" if rounded else ""}
+            inputs[1], inputs[4] = found.weight.constants(edit, where, as_they_are=rounded is not None)
+        else:
+            inputs[1] = found.weight
         shape = [found.out.shape[0], found.width]
         made = edit.add(PRODUCT, where, inputs, attrs, dtype=found.out.dtype, shape=shape, domain=LLMLAB_DOMAIN)
         edit.replace(found.out, made)
         for old in found.replaced:
             old.inputs.clear()
             old.outputs.clear()
+
+    def _float_weight(self, where: str, layer: Linear) -> gs.Tensor:
+        weight = self._types.cast(layer.weight, self._dtype)
+        if layer.transposed:
+            return weight
+        shape = [layer.width, layer.depth]
+        return self._edit.add("Transpose", where, [weight], {"perm": [1, 0]}, dtype=self._dtype, shape=shape)
 
     def _take_reader(self, where: str, found: _Found) -> None:
         """The gate behind the product, or the residual that is added to it."""
@@ -129,6 +160,8 @@ class _Marker:
             return False
         if node.attrs["gate_first"]:
             return True
+        if isinstance(found.weight, IntegerWeight):
+            return False
         tensors = [found.weight] if found.bias is None else [found.weight, found.bias]
         joins = [producer(t, "Concat") for t in tensors]
         if any(j is None or j.attrs["axis"] != 0 or [t.shape[0] for t in j.inputs] != [width] * 2 for j in joins):

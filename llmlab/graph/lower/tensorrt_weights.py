@@ -44,7 +44,8 @@ def _is_weight(tensor: gs.Constant) -> bool:
 
 def _stored(tensor: gs.Constant, weak_type: str | None, keep_fp32: Collection[str]) -> Values:
     wide = tensor.dtype == np.float32 and any(n.op == NORM or n.name in keep_fp32 for n in tensor.outputs)
-    if weak_type is None or wide or tensor.dtype == np.dtype(weak_type):
+    narrows = np.dtype(tensor.dtype).name in _FLOATS
+    if weak_type is None or wide or not narrows or tensor.dtype == np.dtype(weak_type):
         return tensor._values
     return Narrowed(tensor, np.dtype(weak_type))
 

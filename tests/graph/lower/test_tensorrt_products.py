@@ -168,6 +168,44 @@ def test_products_are_refused_where_they_cannot_be(store: Store) -> None:
             lower(graph, products=True, **options)
 
 
+INTEGERS: dict[str, tuple[Any, tuple[str, int, str], float]] = {
+    "int8": ("int8", ("int8", 0, ""), 2e-2),
+    "int8 by groups": ({"weights": {"dtype": "int8", "group": 64}, "keep": ("*.down_proj",)}, ("int8", 64, ""), 2e-2),
+    "int4 by groups": ({"weights": {"dtype": "int4", "group": 32}, "keep": ("*.down_proj",)}, ("int4", 32, ""), 2e-2),
+    "int4": ({"weights": {"dtype": "int4", "group": 0}, "keep": ("*.down_proj",)}, ("int4", 0, ""), 2e-2),
+    "int8 by int8": ("int8_dynamic", ("int8", 0, "int8"), 0.12),  # a number may be rounded the other way
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_kernels_read_quantized_weights_as_they_are(store: Store, name: str) -> None:
+    """Also where they are joined; a lookup reads what its table stands for."""
+    recipe, expected, bound = INTEGERS[name]
+    graph = store.serving("llama")
+    quantized = ll.quantize(graph, recipe)
+    truth, plain = Truth(quantized), Truth(graph)
+    for lowered in both(quantized):
+        made = products(lowered)
+        assert len(made) == 9 and not any("Linear" in op for part in dense(lowered) for op in part.graph.op_counts())
+        found = {
+            (p.weight_dtype, p.group, p.rounded) for n, p in made.items() if "down_proj" not in n and n != "lm_head"
+        }
+        assert found == {expected}
+        qkv = made["0.self_attn"]
+        assert qkv.scale is not None and lowered.weights[qkv.scale].dtype == np.float16
+        assert lowered.weights[qkv.weight].shape == (128, 32 if expected[0] == "int4" else 64)
+        assert truth.error(lowered) < bound < 3 * plain.error(lowered)
+
+
+def test_a_lost_scale_would_be_seen(store: Store) -> None:
+    quantized = ll.quantize(store.serving("llama"), "int8")
+    lowered = lower(quantized, products=True, **WEAK)
+    first, second = (products(lowered)[f"{i}.self_attn.o_proj"] for i in (0, 1))
+    assert first.scale is not None and second.scale is not None
+    weights = {**lowered.weights, second.scale: lowered.weights[first.scale]}
+    assert Truth(quantized).error(replace(lowered, weights=weights)) > 2e-2
+
+
 FEATURES = {
     "gpt2": lambda made, lowered: all(p.bias for n, p in made.items() if n != "lm_head") and not any(p.gate for p in made.values()),
     "gemma2": lambda made, lowered: {p.gate for p in made.values()} == {"", "gelu_tanh"} and not any(p.add for p in made.values())

@@ -72,5 +72,6 @@ class Executor:
         self.graphs.clear()
         self._parts = {}
         self._attention.free()
+        self._rows.free()
         for buffer in self._buffers:
             buffer.free()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from llmlab.cuda import Device, Stream
+from llmlab.cuda import Device, DeviceBuffer, Stream
 from llmlab.kernels.binaries import KernelSet
 from llmlab.kernels.gpu.launch_norm import NormKind
 from llmlab.kernels.gpu.launch_product import ProductKind
@@ -30,6 +30,7 @@ def product_kind(step: Multiply, program: Program) -> ProductKind:
         gate=step.gate,
         bias=step.bias is not None,
         add=step.add is not None,
+        x=step.rounded,
     )
 
 
@@ -47,7 +48,7 @@ def norm_kind(step: Normalize, program: Program) -> NormKind:
 class RowLayers:
     """The products and norms of one program, by their place in it."""
 
-    def __init__(self, program: Program, kernels: KernelSet, device: Device) -> None:
+    def __init__(self, program: Program, kernels: KernelSet, device: Device, most_rows: int) -> None:
         """Raises EngineError where there are no kernels for this GPU."""
         self._program = program
         self._products: dict[ProductKind, Product] = {}
@@ -57,6 +58,8 @@ class RowLayers:
                 self._products[kind] = Product(kernels, device, kind)
             if isinstance(step, Normalize) and (norm := norm_kind(step, program)) not in self._norms:
                 self._norms[norm] = RowNorm(kernels, device, norm)
+        scratch = max((product.scratch_bytes(most_rows) for product in self._products.values()), default=0)
+        self._scratch = DeviceBuffer(scratch, "products")
         self._steps: dict[int, tuple[Enqueue, bool]] = {}
 
     def bind(self, addresses: Mapping[str, int]) -> None:
@@ -71,10 +74,15 @@ class RowLayers:
         run, of_tokens = self._steps[at]
         run(stream, shape.tokens if of_tokens else shape.rows)
 
+    def free(self) -> None:
+        self._scratch.free()
+
     def _product(self, step: Multiply, at: Mapping[str, int]) -> Enqueue:
         x, x_stride = self._rows(step, at)
         scale, bias, add = (0 if name is None else at[name] for name in (step.scale, step.bias, step.add))
-        pointers = ProductPointers(x, x_stride, at[step.weight], at[step.out], scale, bias, add)
+        pointers = ProductPointers(
+            x, x_stride, at[step.weight], at[step.out], scale, bias, add, scratch=self._scratch.pointer
+        )
         product = self._products[product_kind(step, self._program)]
         return lambda stream, rows: product.enqueue(stream, pointers, rows=rows)
 
