@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmlab.evaluate.accuracy import Evaluation
 from llmlab.evaluate.metrics import Estimate
 from llmlab.evaluate.pareto import Point, beaten, figure, svg
-from llmlab.graph.reports.render import html_table, plain
+from llmlab.graph.reports.render import as_text, html_table, plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -118,12 +118,7 @@ class Comparison:
         return [(title, [c for c in columns if any(c.cell(e)[0] for e in measured)]) for title, columns in tables]
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=80, no_color=True, force_terminal=False)
-        with console.capture() as shown:
-            console.print(self)
-        return shown.get().rstrip("\n")
+        return as_text(self.__rich__(), 80)
 
     __repr__ = __str__
 

@@ -16,7 +16,7 @@ from llmlab.evaluate.laboratory import Laboratory, Measured
 from llmlab.evaluate.samples import Data
 from llmlab.evaluate.sensitivity import Unit, alone, sense, units
 from llmlab.graph.graph import Graph
-from llmlab.graph.reports.render import html_table, plain
+from llmlab.graph.reports.render import as_text, html_table, plain
 from llmlab.progress import make_bar
 from llmlab.quant.recipe import Recipe
 
@@ -87,12 +87,7 @@ class SearchResult:
         return ["layer", *roles], [[layer, *row] for layer, row in zip(layers, texts, strict=True)]
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=100, no_color=True, force_terminal=False)
-        with console.capture() as shown:
-            console.print(self)
-        return shown.get().rstrip("\n")
+        return as_text(self.__rich__(), 100)
 
     __repr__ = __str__
 

@@ -13,6 +13,7 @@ from llmlab.evaluate.laboratory import Laboratory
 from llmlab.evaluate.metrics import Estimate
 from llmlab.evaluate.samples import Data
 from llmlab.graph.graph import Graph
+from llmlab.graph.reports.render import as_text
 from llmlab.progress import make_bar
 from llmlab.quant.projections import matches, select
 from llmlab.quant.quantize import plan
@@ -101,12 +102,7 @@ class Sensitivity:
         ]
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=100, no_color=True, force_terminal=False)
-        with console.capture() as shown:
-            console.print(self)
-        return shown.get().rstrip("\n")
+        return as_text(self.__rich__(), 100)
 
     __repr__ = __str__
 

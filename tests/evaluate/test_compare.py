@@ -208,3 +208,8 @@ def test_the_verb_with_recipes(store: Store, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert [row["name"] for row in json.loads(done.stdout)["rows"]] == ["float32", "int8"]
     assert ll.Engine.load(tmp_path / "kept" / "int8").manifest.recipe
+
+
+def test_text_has_no_escapes_where_rich_would_like_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b" not in str(COMPARISON)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 _LEFT = "style='text-align:left;vertical-align:top'"
@@ -20,6 +21,14 @@ SIGNS = {
 def plain(text: str, style: str = "") -> Text:
     """Names come from files of strangers: no markup in them counts, and no control character reaches the terminal."""
     return Text(text.translate(_CONTROL), style, overflow="fold")
+
+
+def as_text(shown: RenderableType, width: int) -> str:
+    """What a terminal would show, without colours: also in a notebook, where rich would take styles for wanted."""
+    console = Console(width=width, color_system=None, force_jupyter=False, force_terminal=False)
+    with console.capture() as captured:
+        console.print(shown)
+    return captured.get().rstrip("\n")
 
 
 def tally(lines: Sequence[str]) -> str:
