@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 from conftest import Store
 from lowered import Execution
+from static_scales import ANYTHING, static_scale
 from steps import Plan, all_rows, batches, feeds, paged_tables, worst_error
 
 import llmlab as ll
@@ -18,7 +18,6 @@ from llmlab.graph.interpret import Interpreter
 from llmlab.graph.lower.tensorrt import lower
 from llmlab.graph.lower.tensorrt_parts import Dense
 from llmlab.graph.store.storage import array, constants
-from llmlab.quant import methods
 
 PLAN = Plan(((7, 1, 1), (1, 4, 1), (0, 5, 1)))
 BLOCK, BLOCKS = 4, 12
@@ -28,11 +27,8 @@ MIXED = {"base": "int8_w8a8", "layers": {"*.v_proj": None, "down": "int4_rtn_g16
 
 
 def quantized(graph: Graph, recipe: Any) -> Graph:
-    def static(work: methods.Work, jobs: list[methods.Job]) -> None:
-        work.scales.update({job.name: 0.04 for job in jobs})
-
-    with mock.patch.dict(methods.METHODS, static=static):
-        return ll.quantize(graph, recipe, calibration=["any"])
+    with static_scale(0.04):
+        return ll.quantize(graph, recipe, calibration=ANYTHING)
 
 
 def logits(run: Any) -> np.ndarray:
