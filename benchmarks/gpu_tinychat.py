@@ -199,7 +199,10 @@ def check_traffic(engine: ll.Engine, count: int) -> dict[str, Any]:
         for _ in range(int(rng.integers(0, 8))):
             if sent < count and len(live) < 200:
                 params = SamplingParams(
-                    max_tokens=int(rng.integers(1, 120)), temperature=float(rng.random() < 0.5), seed=sent
+                    max_tokens=int(rng.integers(1, 120)),
+                    temperature=float(rng.random() < 0.5),
+                    seed=sent,
+                    ignore_eos=bool(rng.random() < 0.7),  # so that blocks run out
                 )
                 core.add(Request(f"r{sent}", tokens[int(rng.integers(len(tokens)))], params, 0.0))
                 live.add(f"r{sent}")

@@ -28,7 +28,7 @@ _MAKERS = {
 
 @dataclass
 class Launch:
-    """What was given to cuLaunchKernel; `words`: the 8 bytes of each parameter, as the driver would read them."""
+    """What was given to cuLaunchKernel or cuLaunchKernelEx; `words`: the 8 bytes of each parameter, as the driver would read them."""
 
     kernel: str
     cubin: bytes
@@ -37,6 +37,7 @@ class Launch:
     shared: int
     stream: int
     words: list[bytes]
+    early: bool = False
 
 
 class FakeDriver:
@@ -48,7 +49,16 @@ class FakeDriver:
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT="multiprocessors",
     )
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="early")
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
+
+    @staticmethod
+    def CUlaunchConfig() -> SimpleNamespace:
+        return SimpleNamespace()
+
+    @staticmethod
+    def CUlaunchAttribute() -> SimpleNamespace:
+        return SimpleNamespace(value=SimpleNamespace())
 
     def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
@@ -86,6 +96,15 @@ class FakeDriver:
             return (IntEnum("CUresult", {self.refuse[function]: 999})(999),)  # type: ignore[misc]
         if function == "cuLaunchKernel":
             self._launch(*arguments)
+        if function == "cuLaunchKernelEx":
+            config, kernel, *others = arguments
+            block = (config.blockDimX, config.blockDimY, config.blockDimZ)
+            grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
+            self._launch(kernel, *grid, *block, config.sharedMemBytes, config.hStream, *others)
+            (attribute,) = config.attrs[: config.numAttrs]
+            self.launches[-1].early = bool(
+                attribute.id == "early" and attribute.value.programmaticStreamSerializationAllowed
+            )
         return (0, *self._results(function, arguments))
 
     def _results(self, function: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ def parameters(function: str) -> list[str]:
     file = Path(llmlab.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
     tree = ast.parse(file.read_text(encoding="utf-8"))
     (found,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
-    return [argument.arg for argument in found.args.args]
+    return [argument.arg for argument in found.args.args if argument.arg != "EARLY"]  # the compiler's
 
 
 def kernel_of(source: KernelSource, architecture: int, cubin: bytes) -> Kernel:
@@ -40,6 +40,11 @@ def kernel_of(source: KernelSource, architecture: int, cubin: bytes) -> Kernel:
         aligned=bool(source.aligned),
         cubin=cubin,
     )
+
+
+def launched_constants(kernel: Kernel) -> list[tuple[str, Any]]:
+    """Without what the compiler adds for an architecture."""
+    return [(name, value) for name, value in kernel.constants.items() if name != "EARLY"]
 
 
 def uncompiled(sources: Iterable[KernelSource], architecture: int = 90) -> KernelSet:

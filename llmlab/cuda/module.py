@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, SupportsInt
 
 import numpy as np
@@ -57,9 +58,31 @@ class Function:
         self._module = module  # it is unloaded with its last function
         self._handle = handle
         self._shared = shared_bytes
+        self._early = lru_cache(maxsize=256)(self._early_launch)
 
-    def launch(self, grid: Sequence[int], threads: int, arguments: Arguments, stream: SupportsInt) -> None:
-        """Start grid (1 to 3 dimensions) blocks of `threads` threads, in the stream's order."""
+    def launch(
+        self, grid: Sequence[int], threads: int, arguments: Arguments, stream: SupportsInt, *, early: bool = False
+    ) -> None:
+        """Start grid (1 to 3 dimensions) blocks of `threads` threads, in the stream's order.
+
+        early: its blocks may start before the kernel in front is over; a kernel that is launched so has to wait for that itself.
+        """
         x, y, z = (*grid, 1, 1)[:3]
+        if early:
+            call("cuLaunchKernelEx", self._early(x, y, z, threads, int(stream)), self._handle, arguments.pointer, 0)
+            return
         block = (threads, 1, 1, self._shared)
         call("cuLaunchKernel", self._handle, x, y, z, *block, int(stream), arguments.pointer, 0)
+
+    def _early_launch(self, x: int, y: int, z: int, threads: int, stream: int) -> Any:
+        """What cuLaunchKernelEx takes."""
+        cuda = driver()
+        attribute = cuda.CUlaunchAttribute()
+        attribute.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = cuda.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = x, y, z
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes, config.hStream = self._shared, stream
+        config.attrs, config.numAttrs = [attribute], 1
+        return config

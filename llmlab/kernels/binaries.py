@@ -18,7 +18,7 @@ _JSON_LIMIT = 16 << 20  # bytes
 _CUBIN_LIMIT = 16 << 20  # bytes; the largest are about 0.3 MB
 _COUNT_LIMIT = 4096
 _SHARED_LIMIT = 256 << 10  # bytes
-_TUNING = frozenset({"TILE"})  # what differs between architectures and isn't seen by who launches
+_TUNING = frozenset({"TILE", "EARLY"})  # what differs between architectures and isn't seen by who launches
 
 
 @dataclass(frozen=True)

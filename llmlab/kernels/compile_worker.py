@@ -14,6 +14,7 @@ from llmlab.errors import require
 
 _PTX_TYPES = {"ptr": "u64", "i64": "u64", "i32": "u32", "fp32": "f32"}
 _SCRATCH = ["u64", "u64"]  # pointers that Triton adds behind the parameters: global and profile scratch
+_EARLY_SINCE = 90  # sm_90: kernels can start while the one before ends
 _LEAST_TILE = 16  # keys; a tensor core takes no fewer
 
 
@@ -38,7 +39,8 @@ def compile_job(job: Mapping[str, Any]) -> dict[str, Any]:
     target = require("triton.backends.compiler", "tensorrt").GPUTarget("cuda", job["architecture"], 32)
     names: list[str] = function.arg_names
     for constants, options in smaller(job["constants"], job["options"]):
-        fixed = {**constants, **{n: None for n in job["null"] if n in names}}
+        early = {"EARLY": job["architecture"] >= _EARLY_SINCE} if "EARLY" in names else {}
+        fixed = {**constants, **early, **{n: None for n in job["null"] if n in names}}
         signature = {n: "constexpr" if n in fixed else job["types"][n] for n in names}
         hints = [n for n in job["aligned"] if n in names and n not in fixed]
         source = compiler.ASTSource(
@@ -62,7 +64,7 @@ def compile_job(job: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"Triton {triton.__version__} made it {entry[3]} threads for {options['num_warps']} warps")
     return {
         "name": entry[1],
-        "tuned": {"TILE": constants["TILE"]} if "TILE" in constants else {},
+        "tuned": {**early, **({"TILE": constants["TILE"]} if "TILE" in constants else {})},
         "parameters": parameters,
         "num_warps": options["num_warps"],
         "shared": made.metadata.shared,

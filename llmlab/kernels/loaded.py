@@ -16,6 +16,7 @@ class LoadedKernel:
         kernel = kernels.find(name, constants, device.compute_capability)
         self.aligned = kernel.aligned
         self._names = [name for name, _ in kernel.parameters]
+        self._early = bool(kernel.constants.get("EARLY"))
         self._threads = 32 * kernel.num_warps
         self._arguments = Arguments([*(kind for _, kind in kernel.parameters), "ptr", "ptr"])
         self._function = device.module(kernel.cubin).function(kernel.name, kernel.shared)
@@ -25,4 +26,4 @@ class LoadedKernel:
         self._arguments.set(
             *[values[name] for name in self._names], 0, 0
         )  # then Triton's scratch, which none of ours uses
-        self._function.launch(grid, self._threads, self._arguments, stream)
+        self._function.launch(grid, self._threads, self._arguments, stream, early=self._early)

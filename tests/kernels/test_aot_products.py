@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_driver import FakeDriver, Launch, installed
-from fake_kernels import record, uncompiled, values
+from fake_kernels import launched_constants, record, uncompiled, values
 from test_gpu_products import DEVICE, HALF, INT4, INT8, KINDS, TOLERANCE, Case, case
 
 from llmlab.cuda import Device, Stream
@@ -26,7 +26,7 @@ POINTERS = ProductPointers(
         for n, name in enumerate(ProductPointers.__dataclass_fields__)
     }
 )
-WHOLE = replace(INT4, group=32, gate="silu", bias=True, add=True)
+WHOLE = replace(INT4, depth=192, group=64, gate="silu", bias=True, add=True)
 
 
 class Launched:
@@ -158,7 +158,14 @@ def test_a_width_that_is_no_multiple_of_16_has_kernels_that_assume_none() -> Non
 
 def compiled_shape(kernels: KernelSet) -> set[Any]:
     return {
-        (k.name, k.architecture, str(sorted(k.constants.items())), k.parameters, k.num_warps, k.aligned)
+        (
+            k.name,
+            k.architecture,
+            str(sorted(launched_constants(k))),
+            k.parameters,
+            k.num_warps,
+            k.aligned,
+        )
         for k in kernels.kernels
     }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_kernels import uncompiled
+from fake_kernels import launched_constants, uncompiled
 
 from llmlab.errors import EngineError, InputError
 from llmlab.kernels import compile
@@ -38,7 +38,7 @@ def compiled() -> Iterator[KernelSet]:
 
 def test_compiled_kernels_have_the_parameters_that_are_launched(compiled: KernelSet) -> None:
     def shape(kernels: KernelSet) -> set[Any]:
-        return {(k.name, str(sorted(k.constants.items())), k.parameters, k.aligned) for k in kernels.kernels}
+        return {(k.name, str(sorted(launched_constants(k))), k.parameters, k.aligned) for k in kernels.kernels}
 
     assert shape(compiled) == shape(uncompiled(attention_sources(SMALL)))
     assert all(kernel.cubin.startswith(b"\x7fELF") and kernel.architecture == 90 for kernel in compiled.kernels)

@@ -129,12 +129,14 @@ KINDS = {
     "int8": INT8,
     "int8 in groups": replace(INT8, depth=192, group=64),
     "int4": INT4,
-    "int4 in groups": replace(INT4, group=32),
+    "int4 in groups": replace(INT4, depth=192, group=64),
     "int4 in groups of 128, bfloat16": replace(INT4, depth=256, group=128, dtype="bfloat16", out_dtype="bfloat16"),
     "float16, bias, residual": replace(HALF, bias=True, add=True),
     "float16, everything": replace(HALF, gate="silu", bias=True, add=True, out_dtype="float32"),
     "int8, everything": replace(INT8, gate="gelu", bias=True, add=True, out_dtype="bfloat16"),
-    "int4 in groups, everything": replace(INT4, group=32, gate="gelu_tanh", bias=True, add=True, out_dtype="float32"),
+    "int4 in groups, everything": replace(
+        INT4, depth=192, group=64, gate="gelu_tanh", bias=True, add=True, out_dtype="float32"
+    ),
     "int8 by int8": replace(INT8, x="int8"),
     "int8 by int8, everything": replace(INT8, x="int8", gate="silu", bias=True, add=True, out_dtype="float32"),
     "int8 by int8 of one scale, bfloat16": replace(INT8, x="int8_static", dtype="bfloat16", out_dtype="bfloat16"),
@@ -175,9 +177,9 @@ def test_a_neighbour_in_place_of_what_was_given_is_seen(what: str, rows: int) ->
 
 
 @pytest.mark.parametrize("rows", [1, 20])
-@pytest.mark.parametrize("group", [0, 32])
+@pytest.mark.parametrize("group", [0, 64])
 def test_the_halves_of_a_byte_are_told_apart_and_so_are_groups(rows: int, group: int) -> None:
-    given = case(replace(INT4, width=8, group=group), rows)
+    given = case(replace(INT4, depth=192, width=8, group=group), rows)
     assert given.right()
     swapped = (given.weight << 4) | ((given.weight >> 4) & 15)  # columns that are 8 apart
     assert not replace(given, weight=swapped).right()

@@ -104,9 +104,19 @@ def test_what_is_launched() -> None:
         RowNorm(KernelSet(()), Device.open(), HALF)
 
 
-def test_compiled_ahead_of_time() -> None:
-    (kernel,) = compile_kernels([norm_source(HALF)], [90]).kernels
-    assert [name for name, _ in kernel.parameters] == ["out", "x", "weight", "epsilon", "width", "x_stride"]
+def test_compiled_ahead_of_time_it_starts_early_from_sm_90_on() -> None:
+    old, new = compile_kernels([norm_source(HALF)], [80, 90]).kernels
+    for kernel, early in ((old, False), (new, True)):
+        assert [name for name, _ in kernel.parameters] == ["out", "x", "weight", "epsilon", "width", "x_stride"]
+        assert kernel.constants["EARLY"] is early
+        capability = divmod(kernel.architecture, 10)
+        with installed(FakeDriver(capability)) as fake:
+            record(fake, KernelSet([kernel]))
+            RowNorm(KernelSet([kernel]), Device.open(), HALF).enqueue(
+                7, NormPointers(0x1000, 160, 0x2000, 0x3000), rows=9
+            )
+            (found,) = fake.launches
+        assert found.early is early and found.grid == (9, 1, 1) and found.stream == 7
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -13,11 +13,9 @@ from llmlab.graph.narrow import narrow_scale
 from llmlab.graph.quantized import QuantizedWeight, joined
 from llmlab.graph.store.deferred import DeferredValues
 from llmlab.graph.store.storage import array
-from llmlab.kernels.gpu.launch_product import ProductKind
+from llmlab.kernels.gpu.launch_product import GROUPS, ProductKind
 from llmlab.kernels.packing import pack_weight
 
-GROUPS = (32, 64, 128)
-"""Columns that may share a scale."""
 _COLUMNS = {"int8": 16, "int4": 32}  # K is a multiple of
 
 
@@ -54,7 +52,11 @@ def integer_weight(layer: Linear) -> IntegerWeight | None:
     if not layer.transposed:
         found = found.transposed()
     depth = found.shape[1]
-    scaled = found.axis == 1 and found.block in GROUPS and depth % found.block == 0 if found.block else found.axis == 0
+    scaled = (
+        found.axis == 1 and found.block in GROUPS[found.dtype] and depth % found.block == 0
+        if found.block
+        else found.axis == 0
+    )
     return IntegerWeight(found) if scaled and depth % _COLUMNS[found.dtype] == 0 else None
 
 

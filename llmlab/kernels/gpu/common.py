@@ -6,8 +6,29 @@ from llmlab.errors import require
 
 triton = require("triton", "tensorrt")
 tl = require("triton.language", "tensorrt")
+cuda = require("triton.language.extra.cuda", "tensorrt")
+gdc_wait, gdc_launch_dependents = cuda.gdc_wait, cuda.gdc_launch_dependents
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def start_early(EARLY: tl.constexpr):
+    """First of all in a kernel: let the next one's programs start as soon as there is room for them, then wait until the one before is over.
+
+    A launch's latency passes while the kernel before is still at work (programmatic dependent launch, sm_90 and later).
+    """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def prefetch(lines):
+    """Have the 128 bytes at each of these addresses brought into the L2 cache; for what no kernel writes, before waiting for one."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmlab.errors import require
-from llmlab.kernels.gpu.common import LOG2E, block_rows, softcapped
+from llmlab.kernels.gpu.common import LOG2E, block_rows, softcapped, start_early
 from llmlab.kernels.gpu.unpack import as_words, unpack
 
 triton = require("triton", "tensorrt")
@@ -42,8 +42,10 @@ def paged_decode(
     ALIBI: tl.constexpr,
     SINKS: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    EARLY: tl.constexpr = False,  # see `start_early`
 ):
     """Grid (B, KV_HEADS, splits). Sequences with another number of new tokens than one are left alone."""
+    start_early(EARLY)
     seq, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(query_start + seq)
     if tl.load(query_start + seq + 1) - row != 1:
@@ -155,8 +157,10 @@ def merge_splits(
     DIM_PAD: tl.constexpr,
     MOST: tl.constexpr,  # power of two, at least the most splits there are
     SINKS: tl.constexpr,
+    EARLY: tl.constexpr = False,  # see `start_early`
 ):
     """Grid (B, NUM_HEADS): the splits' results, weighted by their softmax sums."""
+    start_early(EARLY)
     seq, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(query_start + seq)
     if tl.load(query_start + seq + 1) - row != 1:

@@ -16,6 +16,8 @@ _FLOATS = ("float16", "bfloat16")
 _OUTPUTS = (*_FLOATS, "float32")
 _FEW_COLUMNS = 8192
 _TILES_TOGETHER = 8  # row tiles whose programs run side by side, so that they find each other's weights in the L2 cache
+GROUPS = {"int8": (32, 64, 128), "int4": (64, 128)}
+"""Columns that may share a scale, by a weight's type: a tensor core takes 16 at once of each of the columns that lie together."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,14 @@ class ProductKind:
             and self.depth > 0
             and self.width > 0
             and self.depth % granule == 0
-            and (self.group in (0, 32, 64, 128) if quantized else self.group == 0)
+            and (self.group in (0, *GROUPS[self.weight]) if quantized else self.group == 0)
             and (not self.group or self.depth % self.group == 0)
             and (not self.x or (self.x in ("int8", "int8_static") and self.weight == "int8" and not self.group))
         )
         if not right:
             raise InputError(
-                f"no kernels for the product {self}: expected float16 or bfloat16 x, a weight of its type or of int8 or int4 in groups of "
-                f"0, 32, 64 or 128 that divide depth, depth a multiple of {granule}, a gate of {', '.join(filter(None, GATES))} or none, x int8 or int8_static "
+                f"no kernels for the product {self}: expected float16 or bfloat16 x, a weight of its type or of int8 or int4, in groups of "
+                f"64 or 128 (int8: 32) that divide depth or none, depth a multiple of {granule}, a gate of {', '.join(filter(None, GATES))} or none, x int8 or int8_static "
                 "beside int8 without groups alone"
             )
 

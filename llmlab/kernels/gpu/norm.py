@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmlab.errors import require
+from llmlab.kernels.gpu.common import start_early
 
 triton = require("triton", "tensorrt")
 tl = require("triton.language", "tensorrt")
@@ -17,8 +18,10 @@ def rms_norm(
     width,
     x_stride,
     WIDTH_PAD: tl.constexpr,  # width rounded up to a power of two
+    EARLY: tl.constexpr = False,  # see `start_early`
 ):
     """Grid (rows,): out = x / sqrt(mean(x²) + epsilon) · weight."""
+    start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, WIDTH_PAD)
     inside = at < width

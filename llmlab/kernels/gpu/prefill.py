@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmlab.errors import require
-from llmlab.kernels.gpu.common import LOG2E, block_rows, find_sequence, score
+from llmlab.kernels.gpu.common import LOG2E, block_rows, find_sequence, score, start_early
 
 triton = require("triton", "tensorrt")
 tl = require("triton.language", "tensorrt")
@@ -80,8 +80,10 @@ def paged_prefill(
     SINKS: tl.constexpr,
     QUANTIZED: tl.constexpr,
     DECODES: tl.constexpr,  # whether sequences with one new token are done here too
+    EARLY: tl.constexpr = False,  # see `start_early`
 ):
     """Grid (T // TOKENS + B, KV_HEADS): see `find_sequence`; tiles past a sequence's end return at once."""
+    start_early(EARLY)
     # Later tiles see more keys: they start first, so that the longest don't finish last.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)

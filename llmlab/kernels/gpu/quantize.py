@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmlab.errors import require
+from llmlab.kernels.gpu.common import start_early
 
 triton = require("triton", "tensorrt")
 tl = require("triton.language", "tensorrt")
@@ -20,8 +21,10 @@ def quantize_rows(
     x_stride,
     BLOCK: tl.constexpr,  # power of two, at least depth
     STATIC: tl.constexpr,
+    EARLY: tl.constexpr = False,  # see `start_early`
 ):
     """Grid (rows). A row of zeros has scale 1; one that holds NaN or infinity has NaN."""
+    start_early(EARLY)
     row, at = tl.program_id(0), tl.arange(0, BLOCK)
     line = tl.load(x + row.to(tl.int64) * x_stride + at, mask=at < depth, other=0.0).to(tl.float32)
     if STATIC:

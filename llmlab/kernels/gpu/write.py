@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmlab.errors import require
+from llmlab.kernels.gpu.common import start_early
 
 triton = require("triton", "tensorrt")
 tl = require("triton.language", "tensorrt")
@@ -65,8 +66,10 @@ def rope_and_write(
     ROTARY: tl.constexpr,  # channels that turn; 0 for none
     INTERLEAVED: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    EARLY: tl.constexpr = False,  # see `start_early`
 ):
     """Grid (T, KV_HEADS): one token's group of query heads, its key and its value. Rows whose slot is negative are left alone."""
+    start_early(EARLY)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + token)
     if slot < 0:

@@ -171,7 +171,7 @@ def test_products_are_refused_where_they_cannot_be(store: Store) -> None:
 INTEGERS: dict[str, tuple[Any, tuple[str, int, str], float]] = {
     "int8": ("int8", ("int8", 0, ""), 2e-2),
     "int8 by groups": ({"weights": {"dtype": "int8", "group": 64}, "keep": ("*.down_proj",)}, ("int8", 64, ""), 2e-2),
-    "int4 by groups": ({"weights": {"dtype": "int4", "group": 32}, "keep": ("*.down_proj",)}, ("int4", 32, ""), 2e-2),
+    "int4 by groups": ({"weights": {"dtype": "int4", "group": 64}, "keep": ("*.down_proj",)}, ("int4", 64, ""), 2e-2),
     "int4": ({"weights": {"dtype": "int4", "group": 0}, "keep": ("*.down_proj",)}, ("int4", 0, ""), 2e-2),
     "int8 by int8": ("int8_dynamic", ("int8", 0, "int8"), 0.12),  # a number may be rounded the other way
 }
