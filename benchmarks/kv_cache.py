@@ -23,7 +23,7 @@ from tables import show
 import llmlab as ll
 from llmlab.evaluate.reference import Reference
 from llmlab.quant.kv_scales import CACHES, Scales, place_scales
-from llmlab.quant.recipe import KVCache
+from llmlab.quant.scheme import KVCache
 from llmlab.runtime.backends.tensorrt.profile import decode_batch
 from llmlab.zoo.shapes import SHAPES, write_checkpoint
 

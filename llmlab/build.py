@@ -61,6 +61,7 @@ def build(
         rounded by blocks of a row, several times faster (default: 4).
     prefill: for ONNX Runtime, "int8" lets steps of many tokens multiply int8 by int8: activations rounded by rows, those weights by
         channels. The fastest prefill; the engine holds them in both forms, a byte more for each number.
+        A token's logits then depend, within that rounding, on how many tokens share its step.
     overwrite: replace an engine that is there.
     Raises InputError for a graph that isn't a serving graph, an unknown target, or sizes the model doesn't allow;
     for TensorRT also UnsupportedModelError that names a node, and EngineError where a part can't be built.

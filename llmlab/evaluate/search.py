@@ -13,6 +13,7 @@ from llmlab.errors import InputError
 from llmlab.evaluate.heatmap import Cell, grid
 from llmlab.evaluate.knapsack import Assignment, Choice, front
 from llmlab.evaluate.laboratory import Laboratory, Measured
+from llmlab.evaluate.limits import Limit, checked
 from llmlab.evaluate.samples import Data
 from llmlab.evaluate.sensitivity import Unit, alone, sense, units
 from llmlab.graph.graph import Graph
@@ -146,12 +147,12 @@ def search(
     a candidate everywhere is better than that, it is the answer. What is multiplied at once (q, k and v) gets one precision.
     Raises InputError for a limit that none of them keeps.
     """
-    recipes = _checked(candidates, max_kl=max_kl, max_bytes=max_bytes, min_top1=min_top1)
+    recipes = checked(candidates, max_kl=max_kl, max_bytes=max_bytes, min_top1=min_top1)
     with Laboratory(
         graph, data, calibration=calibration, samples=samples, length=length, seed=seed, threads=threads, cache=cache
     ) as laboratory:
         table = _Table(laboratory, recipes, progress)
-        limit = _Limit(max_kl, max_bytes, min_top1)
+        limit = Limit(max_kl, max_bytes, min_top1)
         bar, remove = make_bar(_TRIES, desc=f"within {limit}") if progress else (None, None)
         try:
             place, measured = _approach(table, limit, bar)
@@ -162,29 +163,6 @@ def search(
             if limit.keeps(found) and limit.better(found, measured):
                 return table.result(table.everywhere(name), limit, found)
         return table.result(table.front[place], limit, measured)
-
-
-@dataclass(frozen=True)
-class _Limit:
-    max_kl: float | None
-    max_bytes: int | None
-    min_top1: float | None
-
-    def __str__(self) -> str:
-        return next(f"{name}={value}" for name, value in vars(self).items() if value is not None)
-
-    def keeps(self, found: Measured) -> bool:
-        if self.max_bytes is not None:
-            return found.size_bytes <= self.max_bytes
-        if self.max_kl is not None:
-            return found.kl.value <= self.max_kl
-        assert self.min_top1 is not None
-        return found.top1.value >= self.min_top1
-
-    def better(self, one: Measured, other: Measured) -> bool:
-        if self.max_bytes is not None:
-            return one.kl.value < other.kl.value
-        return one.size_bytes < other.size_bytes
 
 
 class _Table:
@@ -231,7 +209,7 @@ class _Table:
             return self.laboratory.measure(self.recipe(assignment))
         return self.laboratory.nothing
 
-    def result(self, assignment: Assignment, limit: _Limit, measured: Measured) -> SearchResult:
+    def result(self, assignment: Assignment, limit: Limit, measured: Measured) -> SearchResult:
         wide = self.laboratory.wide.size
         chosen = []
         for pick, row in zip(assignment.picks, self._units.values(), strict=True):
@@ -250,7 +228,7 @@ class _Table:
         )
 
 
-def _approach(table: _Table, limit: _Limit, bar: Any) -> tuple[int, Measured]:
+def _approach(table: _Table, limit: Limit, bar: Any) -> tuple[int, Measured]:
     """The last place of the front, or with a limit of bytes the first, whose engine keeps the limit: (place, measured)."""
     wide, places = table.laboratory.wide.size, len(table.front)
     if limit.max_bytes is not None:
@@ -289,32 +267,3 @@ def _approach(table: _Table, limit: _Limit, bar: Any) -> tuple[int, Measured]:
         else:
             broken = place
     return kept, best
-
-
-def _checked(
-    candidates: Sequence[str | Path | Mapping[str, Any] | Recipe], **limits: float | None
-) -> dict[str, Recipe]:
-    """The candidates by name. Raises InputError for what can't be searched over, or a limit that is none."""
-    given = {name: value for name, value in limits.items() if value is not None}
-    if len(given) != 1:
-        raise InputError("give one limit: max_kl, max_bytes or min_top1")
-    [(name, value)] = given.items()
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf or (name == "min_top1" and value > 1):
-        wanted = "a share of at most 1" if name == "min_top1" else "a number above 0"
-        raise InputError(f"{name} is {value!r}, expected {wanted}")
-    if isinstance(candidates, (str, Path, Mapping, Recipe)) or not candidates:
-        raise InputError("expected a list of recipes to choose from, at least one")
-    recipes: dict[str, Recipe] = {}
-    for candidate in candidates:
-        recipe = Recipe.parse(candidate)
-        label = recipe.name or str(recipe)
-        if recipe.kv_cache is not None or recipe.precision is not None:
-            raise InputError(
-                f"{label}: a KV cache's precision and the graph's own are not chosen product by product: "
-                "convert the graph first, and add kv_cache to the recipe that is found"
-            )
-        if label in recipes:
-            raise InputError(f"two candidates are called {label}: give each a name of its own")
-        recipes[label] = recipe
-    return recipes

@@ -17,7 +17,8 @@ from llmlab.graph.reports.render import as_text
 from llmlab.progress import make_bar
 from llmlab.quant.projections import matches, select
 from llmlab.quant.quantize import plan
-from llmlab.quant.recipe import Override, Recipe
+from llmlab.quant.recipe import Recipe
+from llmlab.quant.scheme import Override
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from llmlab.errors import InputError
-from llmlab.quant.recipe import SCALES
+from llmlab.quant.scheme import SCALES
 from llmlab.quant.statistics import Statistics
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}

@@ -9,7 +9,7 @@ from llmlab.quant.calibrate import observe
 from llmlab.quant.data import Ids
 from llmlab.quant.kv_scales import CACHES, Scales, scale_of
 from llmlab.quant.observers import AbsMax, Rows
-from llmlab.quant.recipe import KVCache
+from llmlab.quant.scheme import KVCache
 
 _SAMPLE = 256
 """Rows of each layer that ranges are tried on, where a cache has so few bits that clipping pays."""

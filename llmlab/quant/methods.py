@@ -14,8 +14,9 @@ from llmlab.quant.grid import Rounded
 from llmlab.quant.kv import kv_scales
 from llmlab.quant.kv_scales import CACHES, place_scales
 from llmlab.quant.projections import Projection, projections
-from llmlab.quant.recipe import Activations, Recipe, Weights, needs_calibration
+from llmlab.quant.recipe import Recipe
 from llmlab.quant.rounding import named
+from llmlab.quant.scheme import Activations, Weights, needs_calibration
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Recipes from names, dicts and YAML files."""
+"""The fields of a recipe from its name, a dict or a YAML file."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 from llmlab.errors import InputError, nearest
 from llmlab.files import read_bytes
-from llmlab.quant.recipe import METHODS, Activations, KVCache, Override, Recipe, Weights
+from llmlab.quant.scheme import METHODS, Activations, KVCache, Override, Weights
+
+Fields = dict[str, Any]
+FIELDS = ("weights", "activations", "kv_cache", "layers", "keep", "precision", "name")
+"""Of a recipe."""
 
 
-def parse(given: object) -> Recipe:
-    """What `Recipe.parse` says."""
-    if isinstance(given, Recipe):
-        return given
+def fields_of(given: object) -> Fields:
+    """What `Recipe.parse` says; what is not named is left out."""
     if isinstance(given, Path) or (isinstance(given, str) and given.endswith((".yaml", ".yml"))):
         return _from_yaml(Path(given))
     if isinstance(given, str):
@@ -48,7 +50,7 @@ PRESETS = tuple(_PRESETS)
 """Names of the recipes that there are."""
 
 
-def _from_name(text: str) -> Recipe:
+def _from_name(text: str) -> Fields:
     found: dict[str, Any] = {}
     for name in text.split("+"):
         for key, value in _preset(name.strip()).items():
@@ -57,7 +59,7 @@ def _from_name(text: str) -> Recipe:
                     f"recipe {text!r} says twice what {key} is: join names that are about different things"
                 )
             found[key] = value
-    return Recipe(**found, name=text)
+    return {**found, "name": text}
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def _preset(name: str) -> dict[str, Any]:
     return found
 
 
-def _from_yaml(path: Path) -> Recipe:
+def _from_yaml(path: Path) -> Fields:
     import yaml
 
     try:
@@ -100,11 +102,10 @@ def _from_yaml(path: Path) -> Recipe:
         raise InputError(f"{path}: {problem}") from problem
 
 
-def _from_dict(given: Mapping[str, Any]) -> Recipe:
+def _from_dict(given: Mapping[str, Any]) -> Fields:
     data = dict(given)
-    base = replace(_from_name(_text("base", data.pop("base"))), name="") if "base" in data else Recipe()
-    _known("a recipe", data, [f.name for f in fields(Recipe)])
-    changes: dict[str, Any] = {}
+    changes = {**_from_name(_text("base", data.pop("base"))), "name": ""} if "base" in data else {}
+    _known("a recipe", data, FIELDS)
     for key, value in data.items():
         if key in ("weights", "activations", "kv_cache"):
             changes[key] = _part(key, value)
@@ -116,7 +117,7 @@ def _from_dict(given: Mapping[str, Any]) -> Recipe:
             changes[key] = tuple(_text("keep", v) for v in value)
         else:
             changes[key] = None if value is None else _text(key, value)
-    return replace(base, **changes)
+    return changes
 
 
 def _layers(given: Any) -> tuple[Override, ...]:
@@ -137,9 +138,9 @@ def _override(pattern: str, given: Any) -> Override:
         return Override(pattern)
     if isinstance(given, str):
         found = _from_name(given)
-        if found.kv_cache is not None or found.precision is not None:
+        if found.keys() & {"kv_cache", "precision"}:
             raise InputError(f"layers {pattern!r}: {given!r} is of the whole model; expected weights and activations")
-        return Override(pattern, found.weights, found.activations)
+        return Override(pattern, found.get("weights"), found.get("activations"))
     if not isinstance(given, Mapping):
         raise InputError(f"layers {pattern!r} is {given!r}, expected a recipe's name, a dict or null")
     _known(f"layers {pattern!r}", given, ("weights", "activations"))
@@ -154,7 +155,7 @@ def _part(key: str, given: Any) -> Any:
     if given is None or isinstance(given, kind):
         return given
     if isinstance(given, str):
-        found = getattr(_from_name(given), key)
+        found = _from_name(given).get(key)
         if found is None:
             raise InputError(f"{key} is {given!r}, a recipe that says nothing of it")
         return found

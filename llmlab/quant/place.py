@@ -19,8 +19,8 @@ from llmlab.graph.store.packed import is_packed
 from llmlab.graph.store.storage import onnx_dtype
 from llmlab.quant.grid import FP8, Grid, Rounded
 from llmlab.quant.projections import Projection
-from llmlab.quant.recipe import Activations
 from llmlab.quant.rounding import Rounding
+from llmlab.quant.scheme import Activations
 
 _LEAST_SCALE = 1e-12
 """Of a token whose numbers are all zero."""

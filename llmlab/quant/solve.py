@@ -21,8 +21,8 @@ from llmlab.quant.fold import Fold, find_fold
 from llmlab.quant.gptq import gptq
 from llmlab.quant.grid import Grid, Rounded
 from llmlab.quant.projections import Projection, projections
-from llmlab.quant.recipe import Activations, Weights, needs_calibration
 from llmlab.quant.rounding import named
+from llmlab.quant.scheme import Activations, Weights, needs_calibration
 from llmlab.quant.smoothquant import smoothing_factor
 from llmlab.quant.statistics import Statistics
 from llmlab.quant.walk import Group

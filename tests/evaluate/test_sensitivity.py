@@ -19,7 +19,8 @@ from llmlab.evaluate.laboratory import Laboratory
 from llmlab.evaluate.search import SearchResult
 from llmlab.evaluate.sensitivity import Sensitivity
 from llmlab.graph.graph import Graph
-from llmlab.quant.recipe import Override, Recipe, Weights
+from llmlab.quant.recipe import Recipe
+from llmlab.quant.scheme import Override, Weights
 
 IDS = [np.random.default_rng(n).integers(3, 96, 30).tolist() for n in range(6)]
 INT4 = Recipe(Weights("int4", 16), name="int4")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmlab.quant.recipe import Activations, Weights
+from llmlab.quant.scheme import Activations, Weights
 
 _ENDS = {"int8": (-128, 127), "int4": (-8, 7), "int3": (-4, 3)}
 Tensor = torch.Tensor

@@ -18,7 +18,7 @@ from llmlab.quant.calibrate import logits
 from llmlab.quant.calibrated import calibrate
 from llmlab.quant.data import calibration_data, tokenizer_of
 from llmlab.quant.projections import projections
-from llmlab.quant.recipe import Weights
+from llmlab.quant.scheme import Weights
 from llmlab.zoo.tasks import examples
 
 

@@ -18,7 +18,7 @@ from llmlab.graph.interpret import Interpreter
 from llmlab.kernels.kv_cache import dequantize, per_channel, quantize
 from llmlab.quant.kv import kv_scales
 from llmlab.quant.kv_scales import CACHES, K_SCALE, V_SCALE, scale_of
-from llmlab.quant.recipe import KVCache
+from llmlab.quant.scheme import KVCache
 
 FORM = {"rotary": 16, "window": 9}
 LENGTHS = (1, 40, 64, 64, 64, 63)

@@ -18,7 +18,8 @@ import llmlab as ll
 from llmlab.errors import InputError
 from llmlab.graph.graph import Graph
 from llmlab.graph.store.storage import constants
-from llmlab.quant.recipe import Activations, Recipe, Weights
+from llmlab.quant.recipe import Recipe
+from llmlab.quant.scheme import Activations, Weights
 from llmlab.runtime.engine import Engine
 
 PLAN = Plan(((7, 1, 1, 1), (1, 4, 0, 3), (0, 5, 1, 1)))

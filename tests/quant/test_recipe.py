@@ -9,7 +9,8 @@ import pytest
 
 from llmlab.errors import InputError
 from llmlab.quant.parse import PRESETS
-from llmlab.quant.recipe import Activations, KVCache, Override, Recipe, Weights
+from llmlab.quant.recipe import Recipe
+from llmlab.quant.scheme import Activations, KVCache, Override, Weights
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "int4_awq_g128_asym+kv_fp8_head", "fp16+int8"])

@@ -15,7 +15,7 @@ from llmlab.graph.graph import Graph
 from llmlab.quant.calibrate import observe
 from llmlab.quant.observers import StatisticsOf
 from llmlab.quant.projections import projections
-from llmlab.quant.recipe import Weights
+from llmlab.quant.scheme import Weights
 from llmlab.quant.solve import Solver
 from llmlab.quant.statistics import Statistics
 from llmlab.quant.walk import Group, walk

@@ -32,7 +32,7 @@ def quantize_rows(
     else:
         s = tl.max(tl.abs(line), 0) * (1 / 127)
         s = tl.where(s == 0, 1.0, s) + 0 * tl.sum(line, 0)
-    whole = (line / s + ROUND) - ROUND
+    whole = (tl.div_rn(line, s) + ROUND) - ROUND  # rounded as NumPy divides, so that no number lands one off
     whole = tl.minimum(tl.maximum(whole, -127.0), 127.0)
     tl.store(values + row.to(tl.int64) * depth + at, whole.to(tl.int8), mask=at < depth)
     tl.store(scale + row, s)

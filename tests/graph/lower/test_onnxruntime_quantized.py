@@ -21,7 +21,7 @@ from llmlab.graph.store.deferred import Packed
 from llmlab.quant.grid import Grid
 from llmlab.quant.place import place_activation
 from llmlab.quant.projections import Projection
-from llmlab.quant.recipe import Activations
+from llmlab.quant.scheme import Activations
 
 Floats = NDArray[np.float32]
 N, K = 24, 96
