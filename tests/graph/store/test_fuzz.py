@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from mutations import Worker
 
-CASES, BATCH = 1000, 20
+CASES, BATCH = 2000, 20
 SLOW_CASES = 20_000
 
 
