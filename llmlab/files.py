@@ -72,6 +72,26 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, in place of one that is there. Raises InputError."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent)
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{path}: can't be written ({getattr(problem, 'strerror', None) or problem})") from problem
+    work = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        work.chmod(0o644)
+        work.replace(path)
+    except OSError as problem:
+        work.unlink(missing_ok=True)
+        raise InputError(f"{path}: can't be written ({problem.strerror or problem})") from problem
+    except BaseException:
+        work.unlink(missing_ok=True)
+        raise
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,53 @@
+"""The bridge between a panel and a notebook's page: actions come in, regions that were drawn again go out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmlab.errors import require
+
+if TYPE_CHECKING:
+    import anywidget
+    import traitlets
+
+    from llmlab.widgets.panel import Panel
+else:
+    anywidget = require("anywidget", "notebook")
+    traitlets = require("traitlets", "notebook")
+
+_HERE = Path(__file__).parent
+
+
+class LivePanel(anywidget.AnyWidget):
+    """Shows one panel. The page asks for the whole panel when it opens, since a page can open later or again."""
+
+    _esm = (_HERE / "panel.js").read_text("utf-8")
+    _css = (_HERE / "panel.css").read_text("utf-8")
+    html = traitlets.Unicode("").tag(sync=True)
+
+    def __init__(self, panel: Panel) -> None:
+        super().__init__(html=panel.html())
+        self._panel = panel
+        self.on_msg(self._receive)
+        panel.listen(lambda drawn: self.send({"regions": drawn}))
+
+    def _receive(self, _: Any, message: Any, buffers: Any) -> None:
+        if not isinstance(message, dict):
+            return
+        if message.get("open"):
+            self.send({"whole": self._panel.html()})
+            return
+        self._panel.act(str(message.get("act", "")), str(message.get("key", "")), message.get("value"))
+        self.send({"done": message.get("number")})
+
+
+def live_view(panel: Panel) -> dict[str, Any]:
+    """The part of a display bundle that shows `panel` live; nothing where no kernel runs."""
+    from IPython import get_ipython
+
+    if not hasattr(get_ipython(), "kernel"):
+        return {}
+    shown: Any = LivePanel(panel)._repr_mimebundle_()
+    bundle = shown[0] if isinstance(shown, tuple) else shown
+    return {key: value for key, value in (bundle or {}).items() if key.startswith("application/")}
