@@ -115,7 +115,14 @@ def package_files() -> set[str]:
     package = ROOT / "llmlab"
     return {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("**/*.py", "py.typed", "graph/architectures.json", "zoo/tinychat/*")
+        for pattern in (
+            "**/*.py",
+            "py.typed",
+            "graph/architectures.json",
+            "widgets/*.js",
+            "widgets/*.css",
+            "zoo/tinychat/*",
+        )
         for path in package.glob(pattern)
     }
 
