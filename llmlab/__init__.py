@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from llmlab.runtime.engine import Engine as Engine
     from llmlab.runtime.llm import LLM as LLM
     from llmlab.runtime.params import SamplingParams as SamplingParams
+    from llmlab.script import script as script
     from llmlab.tensorrt.config import BuildConfig as BuildConfig
 
 _HOME = {
@@ -59,6 +60,7 @@ _HOME = {
     "Engine": "llmlab.runtime.engine",
     "evaluate": "llmlab.evaluate",
     "compare": "llmlab.evaluate.compare",
+    "script": "llmlab.script",
     "sensitivity": "llmlab.evaluate.sensitivity",
     "search": "llmlab.evaluate.search",
     "LLM": "llmlab.runtime.llm",
@@ -94,6 +96,7 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "compare",
     "sensitivity",
     "search",
+    "script",
     "diff",
     "GraphDiff",
     "register_pass",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmlab.checkpoint import eos_ids, generation_config
 from llmlab.errors import InputError
@@ -26,6 +26,7 @@ from llmlab.runtime.manifest import (
     Products,
     slot_capacity,
 )
+from llmlab.steps import Step, step
 from llmlab.tensorrt.config import BuildConfig
 
 if TYPE_CHECKING:
@@ -83,15 +84,34 @@ def build(
     if target != "onnxruntime":
         config = config or BuildConfig()
         default = config.max_tokens_per_step
-    step = _size("max_tokens_per_step", max_tokens_per_step, default, 1 << 16)
-    limits = Limits(seq, step)
+    at_once = _size("max_tokens_per_step", max_tokens_per_step, default, 1 << 16)
+    limits = Limits(seq, at_once)
+    made = _step(target, max_seq_len, max_tokens_per_step, config, kernels, accuracy_level, prefill)
     if target == "onnxruntime":
-        return _write(
-            graph, Path(path), target, limits, overwrite, *_onnxruntime(graph, limits, accuracy_level, prefill)
-        )
+        parts = _onnxruntime(graph, limits, accuracy_level, prefill)
+        return _write(graph, Path(path), target, limits, overwrite, made, *parts)
     assert config is not None
-    config = replace(config, max_tokens_per_step=step, max_batch=min(config.max_batch, step), max_seq_len=seq)
-    return _write(graph, Path(path), target, limits, overwrite, *_tensorrt(graph, target, limits, config, kernels))
+    config = replace(config, max_tokens_per_step=at_once, max_batch=min(config.max_batch, at_once), max_seq_len=seq)
+    parts = _tensorrt(graph, target, limits, config, kernels)
+    return _write(graph, Path(path), target, limits, overwrite, made, *parts)
+
+
+def _step(
+    target: str,
+    max_seq_len: int | None,
+    max_tokens_per_step: int | None,
+    config: BuildConfig | None,
+    kernels: KernelSet | None,
+    accuracy_level: int | None,
+    prefill: str | None,
+) -> Step:
+    given: dict[str, Any] = {"target": target, "max_seq_len": max_seq_len, "max_tokens_per_step": max_tokens_per_step}
+    given |= {"kernels": kernels, "accuracy_level": accuracy_level, "prefill": prefill}
+    if config is not None:
+        usual = BuildConfig()
+        changed = {key: value for key, value in vars(config).items() if value != getattr(usual, key)}
+        given |= {"config": changed} if changed else {}
+    return step("build", given, dict.fromkeys(given) | {"target": "onnxruntime"})
 
 
 Parts = tuple[KVLayout, str, Compiled | None, Products | None, Callable[[Path], None]]
@@ -141,6 +161,7 @@ def _write(
     target: str,
     limits: Limits,
     overwrite: bool,
+    made: Step,
     kv: KVLayout,
     precision: str,
     compiled: Compiled | None,
@@ -159,6 +180,7 @@ def _write(
         compiled=compiled,
         recipe=graph.recipe,
         products=products,
+        steps=tuple(entry.to_dict() for entry in (*graph.steps, made)),
     )
     with atomic_folder(path, overwrite=overwrite, marker=MANIFEST) as work:
         write(work)

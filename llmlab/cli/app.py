@@ -11,11 +11,12 @@ from typing import Annotated
 
 import typer
 
-from llmlab.cli import options
+from llmlab.cli import notebook, options
 from llmlab.cli.compare import compare
 from llmlab.cli.inspect import inspect
 from llmlab.cli.one_line import OneLineErrors, leaving_at_once
 from llmlab.cli.quantize import quantize, serving_graph
+from llmlab.cli.script import script
 
 _EPILOG = """\
 **Examples**
@@ -276,6 +277,8 @@ def bench(
 app.command()(quantize)
 app.command()(compare)
 app.command()(inspect)
+app.command()(script)
+app.add_typer(notebook.app, name="notebook")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from llmlab.errors import InputError
 from llmlab.graph.graph import Graph
 from llmlab.graph.passes.convert_precision import ConvertPrecision
 from llmlab.graph.rewrite import run_pass
+from llmlab.steps import step
 
 PRECISIONS = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -30,4 +31,5 @@ def convert(graph: Graph, precision: str) -> Graph:
         raise InputError(f"the graph is in {graph.activations} already: convert the one that optimize returned")
     result = graph.copy()
     run_pass(ConvertPrecision(PRECISIONS[precision]), result)
+    result.steps += (step("convert", {"precision": precision}, {}),)
     return result

@@ -20,6 +20,7 @@ from llmlab.graph.sources.rope_config import freeze_rope, rope_limit
 from llmlab.graph.sources.trace import LOADING, STAGES, quiet, reason, trace
 from llmlab.graph.sources.weights import locate_weights
 from llmlab.progress import stage_bar
+from llmlab.steps import step
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
@@ -58,6 +59,24 @@ def export(
     stay where they are: memory maps into the files, in the type they are stored in, with a Cast to float32 behind those
     stored narrower.
     """
+    given = {"source": source, "config": config, "tokenizer": tokenizer}
+    given |= {"trust_remote_code": trust_remote_code, "max_seq_len": max_seq_len}
+    graph = _export(source, config, tokenizer, trust_remote_code, max_seq_len, progress)
+    graph.steps = (step("export", given, _DEFAULTS),)
+    return graph
+
+
+_DEFAULTS = {"config": None, "tokenizer": None, "trust_remote_code": False, "max_seq_len": None}
+
+
+def _export(
+    source: str | Path | torch.nn.Module,
+    config: Mapping[str, Any] | ModelConfig | str | Path | None,
+    tokenizer: str | Path | None,
+    trust_remote_code: bool,
+    max_seq_len: int | None,
+    progress: bool,
+) -> Graph:
     if isinstance(source, (str, Path)) and str(source).endswith(ONNX_SUFFIX):
         if tokenizer is not None:
             raise InputError("tokenizer goes with a torch module; an ONNX file has its tokenizer.json beside it")

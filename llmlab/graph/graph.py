@@ -24,6 +24,7 @@ from llmlab.graph.reports.tables import NodeTable
 from llmlab.graph.reports.why import Why, why
 from llmlab.graph.store.references import References, open_references
 from llmlab.graph.store.storage import MODEL, constants, read_onnx, write_onnx
+from llmlab.steps import Step
 
 FORMAT = 1
 """Version of the folder that `Graph.save` writes."""
@@ -65,11 +66,14 @@ class Graph:
         config: ModelConfig,
         assets: dict[str, bytes] | None = None,
         history: Iterable[PassReport] = (),
+        steps: Iterable[Step] = (),
     ) -> None:
         self.surgeon = surgeon
         self.config = config
         self.assets = dict(assets or {})
         self.history = History(history)
+        self.steps = tuple(steps)
+        """The public calls that made this graph, in order."""
 
     @property
     def kind(self) -> str:
@@ -95,7 +99,7 @@ class Graph:
         """A graph that can be rewritten without touching this one; weights are shared."""
         surgeon = self.surgeon.copy()
         surgeon.functions = [function.copy() for function in self.surgeon.functions]
-        return Graph(surgeon, self.config, self.assets, self.history)
+        return Graph(surgeon, self.config, self.assets, self.history, self.steps)
 
     def nodes(self, module: str = "") -> NodeTable:
         """The nodes that `module` and what lies in it made, such as `model.layers.0`; without one, all of them."""
@@ -141,6 +145,7 @@ class Graph:
                 (work / name).write_bytes(data)
             history = [report.to_dict() for report in self.history]
             manifest = {"format": FORMAT, "config": self.config.to_dict(), "history": history}
+            manifest["steps"] = [step.to_dict() for step in self.steps]
             if references is not None:
                 manifest["references"] = references.to_list()
             write_json(work / MANIFEST, manifest)
@@ -167,12 +172,13 @@ class Graph:
         config = ModelConfig.from_hf(manifest.get("config", {}), where=str(where))
         try:
             history = [read_report(entry) for entry in manifest.get("history", ())]
+            steps = [Step.from_dict(entry) for entry in manifest.get("steps", ())]  # folders from before 0.2 have none
         except (TypeError, KeyError, ValueError, AttributeError) as problem:
             raise GraphError(f"{where}: its history is malformed: altered, export it again") from problem
         assets = {n: read_bytes(folder / n, GraphError) for n in ASSETS if (folder / n).is_file()}
         allowed = None if weights_from is None else Path(weights_from)
         references = open_references(manifest.get("references", []), allowed, where)
-        return cls(read_onnx(folder, references=references), config, assets, history)
+        return cls(read_onnx(folder, references=references), config, assets, history, steps)
 
     def to_dict(self) -> dict[str, Any]:
         return {

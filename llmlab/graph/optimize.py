@@ -32,6 +32,7 @@ from llmlab.graph.passes.vector_scale import VectorScale
 from llmlab.graph.pipeline import Pipeline
 from llmlab.graph.reports.snapshot import snapshot
 from llmlab.graph.rewrite import Pass, run_pass
+from llmlab.steps import step
 
 SERVING_INPUTS = ("input_ids", "position_ids", "query_start", "kv_len", "block_table", "logits_index")
 
@@ -90,12 +91,16 @@ def optimize(
         raise InputError(f"expected a Graph, got {type(graph).__name__}: export a model first")
     result = graph.copy()
     if passes is not None:
+        result.steps += (step("optimize", {"passes": passes}, {}),)
         return _run(passes, result)
     chosen = _pipeline.passes(without)
     if graph.kind != "plain":
         raise InputError("this graph is a serving graph already: build it, or start again from export")
     sort_nodes(result.surgeon.cleanup())
     _verify(_run(chosen, result))
+    own = {r.name: r.source for r in result.history if r.name in _pipeline.registered}
+    notes = [f"pass {name}, which was registered, ran: {source or 'no source file'}" for name, source in own.items()]
+    result.steps += (step("optimize", {"without": without}, {"without": ()}, *notes),)
     return result
 
 

@@ -29,6 +29,11 @@ class Pipeline:
         self._names = tuple(make().name for make in own)
         self._registered: dict[str, _Registered] = {}
 
+    @property
+    def registered(self) -> frozenset[str]:
+        """Names of the passes that were registered."""
+        return frozenset(self._registered)
+
     @overload
     def register_pass(self, pass_class: type[Pass], /) -> type[Pass]: ...
     @overload

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from llmlab.errors import InputError
+from llmlab.files import sha256
 from llmlab.graph.convert import PRECISIONS, convert
 from llmlab.graph.edit import Editor
 from llmlab.graph.graph import Graph
@@ -22,6 +24,7 @@ from llmlab.quant.place import place_activation, place_weight, take_apart
 from llmlab.quant.projections import ROLES, Projection, matches, projections, select
 from llmlab.quant.recipe import Recipe
 from llmlab.quant.rounding import Rounding
+from llmlab.steps import Step, described, step
 
 
 def quantize(
@@ -58,7 +61,25 @@ def quantize(
     rule = _Quantize(Work(result, graph.copy(), recipe, plan(result, recipe), calibration, seed, kept))
     run_pass(rule, result)
     result.history[-1] = _report(result.history[-1], recipe, rule.rows)
+    result.steps = (*graph.steps, _step(recipe, calibration, seed))
     return result
+
+
+def _step(recipe: Recipe, calibration: Any, seed: int) -> Step:
+    """The record of a call of `quantize`: the recipe by its name if that says it all; texts by their hash alone."""
+    given: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": seed}
+    with suppress(InputError):
+        if recipe.name and Recipe.parse(recipe.name) == recipe:
+            given["recipe"] = recipe.name
+    missing, notes = {}, []
+    if isinstance(calibration, (str, Path)):
+        given["calibration"] = calibration
+        if Path(calibration).is_file():
+            notes = [f"calibration: a file of sha256 {sha256(Path(calibration))}"]
+    elif calibration is not None:
+        missing["calibration"] = described(calibration)
+    made = step("quantize", given, {"seed": 0}, *notes)
+    return replace(made, missing=missing)
 
 
 def plan(graph: Graph, recipe: Recipe) -> list[Job]:

@@ -13,6 +13,7 @@ from llmlab.config import ModelConfig
 from llmlab.errors import CheckpointError, EngineError
 from llmlab.files import read_json, sha256, write_json
 from llmlab.kernels.kv_cache import BITS
+from llmlab.steps import Step
 
 ENGINE_FORMAT = 1
 MANIFEST = "manifest.json"
@@ -126,6 +127,8 @@ class Manifest:
     """Passes that made the graph, in order, with the number of rewrites of each."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """How it was quantized, as `llmlab.Recipe.parse` takes it; empty: not at all."""
+    steps: tuple[Mapping[str, Any], ...] = ()
+    """The public calls that made it, from the checkpoint on (`llmlab.steps.Step`); `llmlab script` prints them."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Size in bytes and sha256 of every other file."""
     compiled: Compiled | None = None
@@ -184,6 +187,7 @@ class Manifest:
                 generation=dict(data["generation"]),
                 passes=tuple((str(n), int(c)) for n, c in data["passes"]),
                 recipe=dict(data.get("recipe", {})),  # engines had none before there were recipes
+                steps=tuple(Step.from_dict(entry).to_dict() for entry in data.get("steps", ())),
                 files={
                     str(n): {"size": _count(f["size"], 0), "sha256": str(f["sha256"])} for n, f in data["files"].items()
                 },
