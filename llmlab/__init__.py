@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from llmlab.runtime.params import SamplingParams as SamplingParams
     from llmlab.script import script as script
     from llmlab.tensorrt.config import BuildConfig as BuildConfig
+    from llmlab.widgets.explorer.explorer import explore as explore
 
 _HOME = {
     "export": "llmlab.graph.export",
@@ -61,6 +62,7 @@ _HOME = {
     "evaluate": "llmlab.evaluate",
     "compare": "llmlab.evaluate.compare",
     "script": "llmlab.script",
+    "explore": "llmlab.widgets.explorer.explorer",
     "sensitivity": "llmlab.evaluate.sensitivity",
     "search": "llmlab.evaluate.search",
     "LLM": "llmlab.runtime.llm",
@@ -97,6 +99,7 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "sensitivity",
     "search",
     "script",
+    "explore",
     "diff",
     "GraphDiff",
     "register_pass",

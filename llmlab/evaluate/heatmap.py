@@ -31,7 +31,7 @@ class Cell:
 def heat_map(cells: Sequence[Cell], title: str, note: str = "") -> str:
     """An HTML page's part: a drawing with a row for each layer and a column for each role; colours follow the logarithm."""
     found, layers, roles = grid(cells)
-    shade = _shade(cells)
+    shade = shades(cells)
     parts = [_text(_LEFT + (i + 0.5) * _WIDE, _TOP - 8, role) for i, role in enumerate(roles)]
     for row, layer in enumerate(layers):
         y = _TOP + row * _HIGH
@@ -57,7 +57,7 @@ def table(cells: Sequence[Cell], title: str, note: str = "") -> RenderableType:
     from rich.text import Text
 
     found, layers, roles = grid(cells)
-    shade = _shade(cells)
+    shade = shades(cells)
     drawn = Table(
         title=plain(title), caption=plain(note), box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left"
     )
@@ -90,7 +90,7 @@ def grid(cells: Sequence[Cell]) -> tuple[dict[tuple[str, str], Cell], list[str],
     return found, layers, list(dict.fromkeys(role for _, role in found))
 
 
-class _shade:
+class shades:
     """From a value to how hot it is, 0 to 1, on a logarithmic scale over one decade at least."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:

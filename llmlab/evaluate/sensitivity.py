@@ -54,9 +54,12 @@ class Sensed:
     """KL divergence from the graph as it is, in nats a token."""
     saved_bytes: int
     """By which the engine is smaller."""
+    overrides: tuple[Override, ...] = ()
+    """What was done to each of the projections, for a recipe's `layers`."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "projections": list(self.projections), "kl": self.kl.to_dict()}
+        facts = {key: value for key, value in vars(self).items() if key != "overrides"}
+        return {**facts, "projections": list(self.projections), "kl": self.kl.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Sensitivity:
     rows: tuple[Sensed, ...]
     together: Estimate | None = None
     """KL with all of them quantized at once."""
+    wide_bytes: int = 0
+    """Of an engine of the graph as it is."""
 
     @property
     def sum(self) -> float:
@@ -166,7 +171,7 @@ def sense(
         for unit in found:
             one = laboratory.measure(alone(recipe, unit.overrides))
             saved = laboratory.wide.size - one.size_bytes
-            rows.append(Sensed(unit.projections, unit.layer, unit.role, one.kl, saved))
+            rows.append(Sensed(unit.projections, unit.layer, unit.role, one.kl, saved, unit.overrides))
             if bar is not None:
                 bar.update(1)
         whole = alone(recipe, [o for unit in found for o in unit.overrides])
@@ -174,7 +179,7 @@ def sense(
     finally:
         if remove is not None:
             remove()
-    return Sensitivity(name, tuple(rows), total)
+    return Sensitivity(name, tuple(rows), total, laboratory.wide.size)
 
 
 def units(graph: Graph, recipe: Recipe, by: By = "projection", pattern: str = "*") -> list[Unit]:

@@ -14,16 +14,16 @@ _VOID = frozenset({"input", "br", "hr", "img"})
 _CONTROL = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "�")
 
 
-def h(name: str, *children: Child, **attributes: Attribute) -> Markup:
-    """`<name …>children</name>`.
+def h(tag: str, /, *children: Child, **attributes: Attribute) -> Markup:
+    """`<tag …>children</tag>`.
 
     children: text, which is escaped; Markup, which is not; numbers; lists of these; None is left out
     attributes: True stands alone, None and False are left out; `class_` is class, other `_` are `-` (`data_key`)
     """
     given = Markup("").join(_attribute(key, value) for key, value in attributes.items())
-    if name in _VOID:
-        return Markup(f"<{name}{given}>")
-    return Markup(f"<{name}{given}>{_join(children)}</{name}>")
+    if tag in _VOID:
+        return Markup(f"<{tag}{given}>")
+    return Markup(f"<{tag}{given}>{_join(children)}</{tag}>")
 
 
 def button(label: Child, act: str, key: str = "", *, title: str = "", **attributes: Attribute) -> Markup:
