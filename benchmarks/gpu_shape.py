@@ -5,10 +5,11 @@
     python benchmarks/gpu_transformers.py FOLDER [--json FILE]                                         # beside it: torch
 
 `prepare` exports and optimizes a checkpoint whose weights are holes in a file, and compiles the kernels; FOLDER is then a few
-MB; `kernels` compiles them again. `run` fills the checkpoint with random weights, builds an fp16 engine and measures: `--batch` sequences of 128 tokens in
+MB; `kernels` compiles them again. `run` fills the checkpoint with random weights, unless `weights` did, builds an fp16 engine and measures: `--batch` sequences of 128 tokens in
 and 128 out, 256 requests of mixed lengths in flight against static batches (gpu_traffic.py), then a decode step of each batch size, part by
-part, beside the time that reading the weights once would take. `--layers` measures a model of fewer layers, whose steps say
-what one layer costs.
+part, beside the time that reading the weights once would take; with `--context` also steps of sequences of so many tokens, up to as many as
+the KV pool holds. `--layers` measures a model of fewer layers, whose steps say what one layer costs. A quantized KV cache has scales that
+are made up: nothing is calibrated on random weights.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from llmlab.checkpoint import read_safetensors
 from llmlab.cuda import Device
 from llmlab.cuda.energy import EnergyMeter
 from llmlab.kernels.binaries import KernelSet
+from llmlab.quant.kv_scales import CACHES, Scales, place_scales
+from llmlab.quant.recipe import Recipe
 from llmlab.zoo.shapes import sizes_of, tensors, write_checkpoint
 
 BANDWIDTH = 4.3e12
@@ -39,11 +43,13 @@ BANDWIDTH = 4.3e12
 STEP = 2048
 """Most tokens in a step: TensorRT times every product of its own at this size, several times over, so more costs minutes."""
 STD = 0.02
+KV_SCALE = 8 / 127
+"""Of int8 keys and values: those of random weights are up to 7 or so. Others in proportion."""
 
 
 def config(given: argparse.Namespace, seq: int, capability: tuple[int, int] | None = None) -> ll.BuildConfig:
     return ll.BuildConfig(
-        max_batch=64,
+        max_batch=given.max_batch,
         max_tokens_per_step=STEP,
         max_seq_len=seq,
         decode_buckets=tuple(given.buckets),
@@ -59,43 +65,58 @@ def prepare(folder: Path, work: Path, given: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     graph = ll.optimize(ll.export(write_checkpoint(work / "checkpoint", sizes, "float16")))
     graph.save(folder / "graph", overwrite=True, copy_weights=False)
-    compile_into(folder, graph, given, given.max_seq_len)
     files = {p.name: p.stat().st_mtime_ns for p in (work / "checkpoint").iterdir()}
     facts = {
         "shape": given.shape,
         "sizes": sizes,
         "checkpoint": str(work / "checkpoint"),
         "files": files,
-        "seq": given.max_seq_len,
+        "seq": given.max_seq_len or 1024,
     }
     (folder / "shape.json").write_text(json.dumps(facts))
+    if not given.no_kernels:
+        compile_into(folder / "kernels", load(folder, work / "checkpoint", given), given, facts["seq"])
 
 
-def compile_into(folder: Path, graph: ll.Graph, given: argparse.Namespace, seq: int) -> None:
+def compile_into(kernels: Path, graph: ll.Graph, given: argparse.Namespace, seq: int) -> None:
     from llmlab.build_tensorrt import kernels_for
 
     major, minor = map(int, given.capability.split("."))
     made = kernels_for(graph, config(given, seq, (major, minor)))
-    shutil.rmtree(folder / "kernels", ignore_errors=True)
-    (folder / "kernels").mkdir()
-    made.write(folder / "kernels")
+    shutil.rmtree(kernels, ignore_errors=True)
+    kernels.mkdir()
+    made.write(kernels)
 
 
 def compile_again(folder: Path, given: argparse.Namespace) -> None:
-    """The kernels of a prepared folder, with this llmlab; the checkpoint's sizes are enough."""
+    """The kernels of a prepared folder, with this llmlab. A checkpoint of the right sizes is enough: holes, where there is none."""
     facts = json.loads((folder / "shape.json").read_text())
-    checkpoint = fill(facts, random=False)
-    compile_into(folder, load(folder, checkpoint, given), given, facts["seq"])
+    compile_into(kernels_of(folder, given), load(folder, fill(facts, random=False), given), given, facts["seq"])
+
+
+def kernels_of(folder: Path, given: argparse.Namespace) -> Path:
+    return folder / ("kernels" if given.quantize is None else f"kernels-{given.quantize}")
 
 
 def load(folder: Path, checkpoint: Path, given: argparse.Namespace) -> ll.Graph:
     """The graph, quantized where that is asked for: by rounding to nearest, when the weights are written."""
     graph = ll.Graph.load(folder / "graph", weights_from=checkpoint)
-    return graph if given.quantize is None else ll.quantize(graph, given.quantize)
+    if given.quantize is None:
+        return graph
+    recipe = Recipe.parse(given.quantize)
+    products = replace(recipe, kv_cache=None)
+    if products.weights is not None:
+        graph = ll.quantize(graph, products)
+    if recipe.kv_cache is not None:
+        dtype = CACHES[recipe.kv_cache.dtype]
+        scales = [np.full(layer.kv_heads, KV_SCALE, np.float32) for layer in graph.kv_layers()]
+        place_scales(graph, dtype, [Scales(s, s) for s in scales])
+    return graph
 
 
 def fill(facts: dict[str, Any], *, random: bool = True) -> Path:
-    """The checkpoint that the graph refers to, now with random weights (or none); its files have the sizes and times that they had.
+    """The checkpoint that the graph refers to, made with random weights (or none) unless it is there; its files have the sizes
+    and times that they had.
 
     Matrices are cut out of one block of random numbers: drawing billions takes minutes, and nothing here reads them.
     """
@@ -170,8 +191,8 @@ def build(folder: Path, checkpoint: Path, work: Path, facts: dict[str, Any], giv
         load(folder, checkpoint, given),
         work / "engine",
         target="tensorrt",
-        config=config(given, facts["seq"]),
-        kernels=KernelSet.read(folder / "kernels"),
+        config=config(given, given.max_seq_len or facts["seq"]),
+        kernels=KernelSet.read(kernels_of(folder, given)),
         overwrite=True,
     )
 
@@ -204,9 +225,15 @@ def run(folder: Path, work: Path, given: argparse.Namespace) -> None:
     note("parts", [[p["name"], p["seconds"]] for p in layers["parts"]])
     device = Device.open()
     before, start = device.free_memory, time.perf_counter()
-    backend: Any = engine.backend(max_num_seqs=64)
+    backend: Any = engine.backend(max_num_seqs=given.max_batch)
     note("open_s", round(time.perf_counter() - start, 1))
-    note("gpu_memory", {"bytes": before - device.free_memory, "kv_pool": backend.pool.nbytes})
+    limits = backend.limits
+    kv = {
+        "dtype": engine.manifest.kv.dtype,
+        "bytes": backend.pool.nbytes,
+        "tokens": limits.num_blocks * limits.block_size,
+    }
+    note("gpu_memory", {"bytes": before - device.free_memory, "kv_pool": kv})
     meter = EnergyMeter(device)
     try:
         note("generate", [fixed(backend, meter, batch, 128, 128, given.repeat) for batch in given.batch])
@@ -215,8 +242,9 @@ def run(folder: Path, work: Path, given: argparse.Namespace) -> None:
         for batch in given.batch:
             note(f"step_{batch}", dissect(backend, batch, 192, weights))
         if given.context:
-            fitting = min(max(given.batch), backend.limits.num_blocks * backend.limits.block_size // given.context)
-            note("step_long", dissect(backend, fitting, given.context, weights))
+            fitting = min(given.max_batch, kv["tokens"] // given.context)
+            for batch in sorted({min(b, fitting) for b in (*given.long_batch, given.max_batch)}):
+                note(f"step_long_{batch}", dissect(backend, batch, given.context, weights))
         if given.requests:
             note("mixed", inflight_against_static(backend, given.requests))
     finally:
@@ -225,23 +253,27 @@ def run(folder: Path, work: Path, given: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "kernels", "run"))
+    parser.add_argument("what", choices=("prepare", "weights", "kernels", "run"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", default="llama-2-7b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--capability", default="9.0")
-    parser.add_argument("--max-seq-len", type=int, default=1024)
+    parser.add_argument("--max-seq-len", type=int, help="tokens of a sequence; default: 1024, as prepared")
+    parser.add_argument("--max-batch", type=int, default=64)
+    parser.add_argument("--no-kernels", action="store_true", help="`prepare` compiles none: `kernels` will")
     parser.add_argument("--level", type=int, help="TensorRT's optimization level")
     parser.add_argument(
         "--buckets", type=int, nargs="*", default=[1, 64], help="decode batches with a profile of their own"
     )
     parser.add_argument("--products", choices=("kernels", "tensorrt"), help="what computes large linear layers")
     parser.add_argument(
-        "--quantize", help="a recipe that needs no calibration, such as int8; `kernels` and `run` take it"
+        "--quantize",
+        help="a recipe that needs no calibration but for the KV cache: int8_dynamic+kv_int8; for `kernels` and `run`",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--context", type=int, help="tokens of the sequences of one more decode step")
+    parser.add_argument("--context", type=int, help="tokens of the sequences of more decode steps")
+    parser.add_argument("--long-batch", type=int, nargs="*", default=[], help="such sequences, beside as many as fit")
     parser.add_argument("--requests", type=int, default=256, help="of mixed lengths; 0: none")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
@@ -252,6 +284,8 @@ def main() -> None:
         work = given.work or Path(temporary)
         if given.what == "prepare":
             prepare(given.folder, work, given)
+        elif given.what == "weights":
+            fill(json.loads((given.folder / "shape.json").read_text()))
         elif given.what == "kernels":
             compile_again(given.folder, given)
         else:

@@ -38,6 +38,9 @@ FILLED = [
 INTEGERS = [(64, 128, 4, 4), (32, 128, 4, 5), (64, 128, 4, 6), (32, 256, 4, 4), (64, 256, 4, 4), (128, 128, 4, 4), (128, 128, 8, 4),
             (64, 256, 4, 3), (32, 256, 2, 4), (32, 512, 4, 3), (64, 64, 4, 6), (128, 64, 4, 6), (64, 512, 4, 2), (128, 256, 8, 3),
             (128, 128, 8, 6), (64, 128, 8, 4), (16, 512, 4, 3), (16, 256, 4, 4)]  # fmt: skip
+DEQUANTIZED = [(32, 128, 4, 4), (32, 128, 4, 6), (32, 64, 4, 6), (64, 128, 4, 4), (32, 256, 4, 3), (16, 128, 4, 4), (64, 64, 4, 6),
+               (32, 128, 8, 4), (64, 128, 8, 4)]  # fmt: skip
+"""Of integers beside wide x that go through shared memory as floats: thin tiles, so that every multiprocessor has one."""
 # rows, columns, depth, warps, stages
 MANY = [(256, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (128, 64, 64, 4, 5),
         (64, 256, 64, 4, 4), (256, 64, 64, 4, 4), (128, 128, 128, 8, 3)]  # fmt: skip
@@ -69,7 +72,9 @@ def _tiles(kind: ProductKind, most: int) -> list[tuple[tuple[int, ...], bool]]:
         many = MANY_INTEGERS if kind.x else MANY
         return [(cut, swap) for cut in many for swap in ((True,) if kind.bits < 16 and not kind.x else (True, False))]
     if kind.bits < 16:
-        tiles = [(cut, True) for cut in INTEGERS] + ([(cut, False) for cut in INTEGERS[:12]] if kind.x else [])
+        tiles = [(cut, True) for cut in INTEGERS] + (
+            [(cut, False) for cut in (INTEGERS[:12] if kind.x else DEQUANTIZED)]
+        )
     else:
         tiles = [(cut, False) for cut in FEW] + [(cut, True) for cut in FEW_SWAPPED]
         if most <= 64:

@@ -239,6 +239,8 @@ def fake_attention(driver: HostDriver) -> type:
             for name in ("alibi_slopes", "sinks"):
                 if getattr(p, name):
                     tables[name] = view(getattr(p, name), (kind.num_heads,), np.float32)
+            for name in ("k_scale", "v_scale") if kind.quantized else ():
+                tables[name] = view(getattr(p, name), (kind.kv_heads,), np.float32)
             out, pool[...] = paged_attention(
                 view(p.q, (count, width), dtype, p.q_stride),
                 view(p.k, (count, kv_width), dtype, p.k_stride),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +18,14 @@ from host_driver import view
 from safetensors.numpy import load_file, save_file
 from steps import RAGGED, cached_generation, worst_error
 from test_tensorrt_backend import BLOCKS, altered, build, decodes, greedy, prompt, step, steps
+from tiny import VOCAB
 
 import llmlab as ll
 from llmlab.errors import EngineError, InputError
 from llmlab.graph.store.tensor_file import ALIGN
 from llmlab.runtime.backends.tensorrt import weights as weights_file
-from llmlab.runtime.manifest import TENSORS
+from llmlab.runtime.batch import StepBatch
+from llmlab.runtime.manifest import PROGRAM, TABLES, TENSORS
 
 
 @pytest.fixture
@@ -70,6 +74,61 @@ def test_engines_of_quantized_weights(store: Store, gpu: SimpleNamespace, tmp_pa
     assert 1e-2 < max(errors) < 0.2
     backend.close()
     assert gpu.driver.in_use == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "precision", "bound"),
+    [("kv_int8_head", "float32", 1e-2), ("int8_dynamic+kv_int8", "float16", 0.2)],  # in float16 other numbers round up
+)
+def test_engines_of_a_quantized_cache(
+    store: Store, gpu: SimpleNamespace, tmp_path: Path, recipe: str, precision: str, bound: float
+) -> None:
+    """A byte a value, the scales among the tables, and what ONNX Runtime gives of the same graph; with smaller scales most are clipped."""
+    calibration = list(np.random.default_rng(0).integers(0, VOCAB, (6, 48)))
+    graph = ll.quantize(store.serving("llama"), recipe, calibration)
+    engine = build(graph, tmp_path / "e", precision=precision)
+    attends = [s["attend"] for s in json.loads((engine.path / PROGRAM).read_text())["steps"] if "attend" in s]
+    tables = load_file(engine.path / TABLES)
+    read = [a["tables"][name] for a in attends for name in ("k_scale", "v_scale")]
+    assert (
+        engine.manifest.kv.dtype == "int8" and {tables[name].shape for name in read} == {(2,)} and len(set(read)) == 4
+    )
+    oracle = ll.build(graph, tmp_path / "oracle", max_seq_len=64, accuracy_level=1).backend(max_num_seqs=1)
+    sequences = [np.arange(7, 30), np.arange(40, 70)]
+    expected = [oracle.execute(replace(chunk(t, 0, len(t)), block_table=np.zeros((1, 1), np.int32))) for t in sequences]
+    oracle.close()
+
+    def worst(folder: Path) -> float:
+        """In chunks, so that most keys come from the pool."""
+        backend: Any = ll.Engine.load(folder).backend(max_num_seqs=12, kv_blocks=BLOCKS)
+        assert backend.pool.nbytes == 2 * 2 * BLOCKS * 16 * 2 * 16
+        errors = []
+        for n, (tokens, want) in enumerate(zip(sequences, expected, strict=True)):
+            ends = [9, 19, len(tokens) - 1, len(tokens)]
+            for start, end in pairwise([0, *ends]):
+                errors.append(worst_error(backend.execute(chunk(tokens, start, end, 4 * n)), want[start:end]))
+        backend.close()
+        return max(errors)
+
+    def shrunk(folder: Path) -> None:
+        save_file({name: t / 50 if name in read else t for name, t in tables.items()}, folder / TABLES)
+
+    assert worst(engine.path) < bound
+    assert worst(altered(engine.path, tmp_path / "f", lambda program: None, shrunk)) > 1.2 * bound
+    assert gpu.driver.in_use == 0
+
+
+def chunk(tokens: np.ndarray, start: int, end: int, first_block: int = 0) -> StepBatch:
+    """Tokens of one sequence from `start` to `end`, logits of each."""
+    count = end - start
+    return StepBatch(
+        input_ids=tokens[start:end],
+        position_ids=np.arange(start, end),
+        query_start=np.array([0, count], np.int32),
+        kv_len=np.array([end], np.int32),
+        block_table=np.arange(first_block, first_block + 4, dtype=np.int32)[None],
+        logits_index=np.arange(count),
+    )
 
 
 def test_layers_run_one_plan_on_weights_of_their_own(store: Store, gpu: SimpleNamespace, tmp_path: Path) -> None:
