@@ -35,7 +35,8 @@ class Cost:
     speed: tuple[BenchRow, ...]
     """One entry a batch size."""
     joules_per_token: float | None = None
-    """Of all processors, per generated token at the largest batch, its prompt included; None where it can't be read."""
+    """Of the GPU that it runs on, else of all processors, per generated token at the largest batch, its prompt included; None where it
+    can't be read."""
     price_per_million: float | None = None
     """Of a million generated tokens at the largest batch, prompts included, in the price's currency."""
     unfit: str = ""

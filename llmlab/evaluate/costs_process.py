@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from llmlab.errors import LlmlabError
-from llmlab.evaluate.energy import EnergyMeter
+from llmlab.evaluate.energy import Meter, meter_of
 
 
 def main(asked: dict[str, Any]) -> dict[str, Any]:
     from llmlab.evaluate.costs import BATCHES, OUTPUT, PROMPT
     from llmlab.runtime.engine import Engine
     from llmlab.runtime.llm import LLM
-    from llmlab.speed import drive, measure_open
+    from llmlab.speed import measure_open
 
     manifest = Engine.load(asked["engine"]).manifest
     if manifest.target == "onnxruntime":
@@ -34,11 +34,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
         prompt = min(PROMPT, longest - output)
         rows = measure_open(llm, sizes, prompt_len=prompt, output_len=output, repeat=asked["repeat"])
         peak = _memory("VmHWM")
-        meter = EnergyMeter()
-        joules = None
-        if meter.readable:
-            drive(llm.core, max(sizes), prompt, output, np.random.default_rng(0))
-            joules = meter.joules() / (max(sizes) * output)
+        joules = _joules(llm, meter_of(llm.core.backend), max(sizes), prompt, output)
     return {
         "load_s": load_s,
         "peak_bytes": peak,
@@ -46,6 +42,21 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
         "speed": [asdict(row) for row in rows],
         "joules_per_token": joules,
     }
+
+
+def _joules(llm: Any, meter: Meter, batch: int, prompt: int, output: int) -> float | None:
+    """Per generated token of runs like those of the last batch; None where nothing can be read."""
+    from llmlab.speed import drive
+
+    if not meter.readable:
+        return None
+    random, runs, began = np.random.default_rng(0), 0, time.perf_counter()
+    before = meter.joules()
+    while not runs or time.perf_counter() - began < meter.least_s:
+        drive(llm.core, batch, prompt, output, random)
+        runs += 1
+    taken = meter.joules() - before
+    return taken / (runs * batch * output) if meter.readable else None
 
 
 def _memory(what: str) -> int:

@@ -14,7 +14,7 @@ import llmlab as ll
 from llmlab.errors import EngineError, InputError
 from llmlab.evaluate.accuracy import Evaluation
 from llmlab.evaluate.costs import Cost, measure_costs, unfit
-from llmlab.evaluate.energy import EnergyMeter
+from llmlab.evaluate.energy import ProcessorMeter
 from llmlab.evaluate.reference import Reference
 from llmlab.runtime.manifest import KVLayout, Limits, Manifest
 from llmlab.zoo.tasks import examples
@@ -135,7 +135,7 @@ def test_costs_of_a_small_engine(altered: dict[str, Path]) -> None:
     assert cost.size_bytes == engine.size and [row.batch for row in cost.speed] == [1, 8]
     assert 0 < cost.engine_bytes < cost.peak_bytes and cost.load_s > 0
     assert cost.price_per_million == pytest.approx(1000 / cost.speed[-1].tokens_per_s)
-    assert (cost.joules_per_token is None) == (not EnergyMeter().readable), "never invented"
+    assert (cost.joules_per_token is None) == (not ProcessorMeter().readable), "never invented"
     assert json.loads(json.dumps(cost.to_dict()))["speed_counts"] is True
     assert "speed, B=8" in cost.facts()
     slower = cost.better(cost)
@@ -167,35 +167,6 @@ def test_whose_speed_says_nothing() -> None:
     assert (
         unfit(manifest("onnxruntime", weights={"dtype": "int4", "group": 32})) == unfit(manifest("onnxruntime")) == ""
     )
-
-
-def counters(folder: Path, **values: str) -> None:
-    for name, text in values.items():
-        zone = folder / name.replace("_", ":")
-        zone.mkdir(parents=True, exist_ok=True)
-        label, _, count = text.partition("=")
-        (zone / "name").write_text(f"{label}\n")
-        (zone / "energy_uj").write_text(f"{count}\n")
-        (zone / "max_energy_range_uj").write_text("1000000\n")
-
-
-def test_energy_of_all_packages_and_nothing_twice(tmp_path: Path) -> None:
-    def rapl(**values: str) -> None:
-        for name, text in values.items():
-            counters(tmp_path, **{f"intel-rapl_{name}": text})
-
-    rapl(**{"0": "package-0=900000", "1": "package-1=100", "0_0": "core=5", "2": "psys=7"})
-    meter = EnergyMeter(tmp_path)
-    assert meter.readable and meter.joules() == 0
-    rapl(**{"0": "package-0=100000", "1": "package-1=300100", "0_0": "core=999999"})
-    assert meter.joules() == pytest.approx(0.2 + 0.3), "one counter began again at 0"
-    assert meter.joules() == pytest.approx(0.5)
-
-
-def test_no_counters_no_energy(tmp_path: Path) -> None:
-    assert not EnergyMeter(tmp_path / "nothing").readable
-    counters(tmp_path, **{"intel-rapl_0": "package-0=x"})
-    assert not EnergyMeter(tmp_path).readable, "there, and not to be read"
 
 
 def test_the_better_of_two_measurements() -> None:
