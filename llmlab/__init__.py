@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from llmlab.runtime.params import SamplingParams as SamplingParams
     from llmlab.script import script as script
     from llmlab.tensorrt.config import BuildConfig as BuildConfig
+    from llmlab.widgets.chat.panel import chat as chat
     from llmlab.widgets.explorer.explorer import explore as explore
 
 _HOME = {
@@ -77,6 +78,7 @@ _HOME = {
     "Match": "llmlab.graph.rewrite",
     "Editor": "llmlab.graph.edit",
     "operator": "llmlab.graph.operators.operator",
+    "chat": "llmlab.widgets.chat.panel",
     "LlmlabError": "llmlab.errors",
 }
 
@@ -109,6 +111,7 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "Match",
     "Editor",
     "operator",
+    "chat",
     "LlmlabError",
     "__version__",
 ]

@@ -437,7 +437,7 @@ def test_a_notebook_shows_the_bar_and_keeps_no_trace_of_it(tmp_path: Path) -> No
     pytest.importorskip("ipywidgets")
     write_tokenizer(tmp_path / "engine")
     code = f"""
-import asyncio, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import asyncio, sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import llmlab as ll
 from pathlib import Path
 from toy_engine import ToyEngine
