@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
+PIP    := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # Tests run in two processes; torch and BLAS would otherwise start a thread per core in each. A file's tests stay
 # together (worksteal), so that what they share is made once and not waited for.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --nbmake --nbmake-timeout=300 notebooks tests
@@ -12,17 +12,19 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --nbma
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/.demo: pyproject.toml constraints.txt
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else f"llmlab needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing llmlab, with torch for the export, into $(VENV) (once; a minute or more)"
 	@$(PIP) -e ".[export]"
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.demo
-	@echo "installing what the tests need into $(VENV) (once)"
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing llmlab and what the tests need into $(VENV) (once; a few minutes)"
 	@$(PIP) -e ".[export,dev]"
-	@touch $@
+	@touch $(VENV)/.demo $@
 
 demo: $(VENV)/.demo  ## checkpoint -> graph -> engine -> answers, with the model that ships
 	@$(BIN)/python -m llmlab.demo

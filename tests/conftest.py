@@ -20,6 +20,46 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONG = {
+    "04_precision_lab.ipynb": 95,
+    "test_architectures.py": 60,
+    "test_fuzz.py": 40,
+    "01_checkpoint_to_engine.ipynb": 32,
+    "test_calibrated.py": 35,
+    "test_properties.py": 30,
+    "test_traffic.py": 28,
+    "test_cli.py": 28,
+    "test_fold.py": 27,
+    "test_from_onnx.py": 30,
+    "test_memory.py": 24,
+    "test_packaging.py": 24,
+    "test_calibrate.py": 20,
+    "test_nemo.py": 18,
+    "test_readme.py": 17,
+}
+"""Seconds that the longest files take, roughly. A notebook that isn't here counts as 60, another file as 5."""
+
+
+@pytest.hookimpl(trylast=True)  # when those that don't run are gone
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first. Each of two workers begins with one half of the list, so they are dealt to the two halves; the rest
+    fills them up. The tests that run last are short, then, and both workers end together."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+
+    def seconds(path: Path) -> float:
+        return LONG.get(path.name, 60 if path.suffix == ".ipynb" else 0)
+
+    halves: tuple[list[pytest.Item], list[pytest.Item]] = ([], [])
+    load = [0.0, 0.0]
+    for path in sorted(files, key=seconds, reverse=True):  # files that are alike stay in order
+        half = load[1] < load[0] if seconds(path) else len(halves[0]) > len(items) // 2
+        halves[half].extend(files[path])
+        load[half] += seconds(path)
+    items[:] = halves[0] + halves[1]
+
+
 class Store:
     """Checkpoints, graphs and engines of tinychat and the models in `tiny.MODELS`, by name, made when first asked for."""
 

@@ -1,11 +1,12 @@
 """What is distributed, and that it works where only the core dependencies are installed.
 
-One fixture builds the source distribution, the wheel from it, and a bare environment with the wheel in it; it needs
-the package index that pip is set up with.
+One fixture builds the source distribution, the wheel from it, and a bare environment with the wheel in it. What the wheel
+asks for is linked in from the environment of the tests, which has it in the same versions; a nightly test has pip install it.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -14,11 +15,14 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import llmlab
 from llmlab import zoo
@@ -62,6 +66,29 @@ def run(*command: str | Path, cwd: Path, code: int = 0) -> subprocess.CompletedP
     return done
 
 
+def link_core(site: Path) -> None:
+    """Link into `site` the files of what the distribution there asks for, and of what that asks for."""
+    [wheel] = importlib.metadata.distributions(name="llmlab", path=[str(site)])
+    pending, met = deque(required(wheel)), {"llmlab"}
+    while pending:
+        name = pending.popleft()
+        if name in met:
+            continue
+        met.add(name)
+        found = importlib.metadata.distribution(name)
+        pending.extend(required(found))
+        for file in found.files or ():
+            if ".." not in file.parts and file.suffix != ".pyc":
+                (site / file).parent.mkdir(parents=True, exist_ok=True)
+                (site / file).symlink_to(file.locate())
+
+
+def required(distribution: importlib.metadata.Distribution) -> list[str]:
+    """The names of what it asks for here, without extras."""
+    asked = map(Requirement, distribution.requires or ())
+    return [canonicalize_name(r.name) for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
 class Distribution:
     """The sdist, the wheel, and a Python that has the wheel and its core dependencies."""
 
@@ -75,10 +102,17 @@ class Distribution:
         source = folder / "source"
         # A copy, since a build leaves files behind, and takes in what an earlier one left.
         shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NEVER_SHIPPED))
-        run(sys.executable, "-m", "build", "--outdir", folder / "dist", source, cwd=folder)
-        run(sys.executable, "-m", "venv", folder / "bare", cwd=folder)
-        install = ("-m", "pip", "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt")
-        run(cls(folder).python, *install, cls(folder).wheel, cwd=folder)
+        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", source, cwd=folder)
+        made = cls(folder)
+        run(sys.executable, "-m", "venv", "--without-pip", folder / "bare", cwd=folder)
+        made.pip("install", "--quiet", "--no-deps", "--no-index", "--no-compile", made.wheel)
+        [there] = (folder / "bare" / "lib").glob("python*/site-packages")
+        link_core(there)
+
+    def pip(self, *arguments: str | Path) -> str:
+        """pip of the tests' environment, at work in the bare one."""
+        command = (sys.executable, "-m", "pip", "--python", self.python, *arguments)
+        return run(*command, cwd=self.folder).stdout
 
     @property
     def wheel(self) -> Path:
@@ -169,10 +203,24 @@ def test_no_network_host_is_written_anywhere(distribution: Distribution) -> None
 
 
 def test_bare_environment_has_the_core_only(distribution: Distribution) -> None:
-    listed = run(distribution.python, "-m", "pip", "list", "--format=json", cwd=distribution.outside()).stdout
-    installed = {entry["name"].lower() for entry in json.loads(listed)}
+    installed = packages(distribution)
     assert "llmlab" in installed and "onnxruntime" in installed
     assert installed & set(OPTIONAL) == set()
+    assert {"torch", "pytest"} <= {canonicalize_name(d.name) for d in importlib.metadata.distributions()}
+
+
+def packages(distribution: Distribution) -> set[str]:
+    return {canonicalize_name(entry["name"]) for entry in json.loads(distribution.pip("list", "--format=json"))}
+
+
+@pytest.mark.slow
+def test_pip_installs_what_is_linked_there(distribution: Distribution, tmp_path: Path) -> None:
+    """From the package index that pip is set up with."""
+    other = Distribution(tmp_path)
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare", cwd=tmp_path)
+    other.pip("install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt", distribution.wheel)
+    assert packages(other) == packages(distribution)
+    assert run(other.python, "-m", "llmlab", "--version", cwd=tmp_path).stdout.strip() == llmlab.__version__
 
 
 def test_every_module_imports_there_or_names_the_extra(distribution: Distribution) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import onnx_graphsurgeon as gs
 
@@ -137,14 +138,20 @@ def _with_removed(places: list[Rewrite], before: Snapshot, removed: Collection[s
     return tuple(replace(place, removed=tuple(gone.get(at, ()))) for at, place in enumerate(places))
 
 
-def _source(pass_class: type[Pass]) -> str:
-    """File and line of a class, without the folders that only this machine has; empty where there is no file."""
-    module = pass_class.__module__
-    try:
-        line = inspect.findsource(pass_class)[1] + 1
-    except (OSError, TypeError):
-        return ""
-    return f"{module}:{line}" if module == "__main__" else f"{module.replace('.', '/')}.py:{line}"
+_SOURCES: WeakKeyDictionary[type, str] = WeakKeyDictionary()
+
+
+def _source(pass_class: type) -> str:
+    """File and line of a class, without the folders that only this machine has; empty where there is no file. Looked up
+    once a class, since Python parses the whole file for it."""
+    if pass_class not in _SOURCES:
+        module = pass_class.__module__
+        try:
+            line = inspect.findsource(pass_class)[1] + 1
+            _SOURCES[pass_class] = f"{module if module == '__main__' else module.replace('.', '/') + '.py'}:{line}"
+        except (OSError, TypeError):
+            _SOURCES[pass_class] = ""
+    return _SOURCES[pass_class]
 
 
 def _found(rule: Pass, edit: Editor) -> Iterator[Match]:
