@@ -58,7 +58,8 @@ class Problem:
         self.scale = None if kind.scale_shape is None else torch.rand(kind.scale_shape, **make).half() / 64 + 1 / 128
         self.x = torch.randn(rows, kind.depth, dtype=torch.float16, **make) / 64
         self.out = torch.empty(rows, kind.width, dtype=torch.float16, **make)
-        self.scratch = torch.empty(rows * (kind.depth + 4), dtype=torch.int8, **make)
+        wide = 2 * kind.outputs * kind.depth if launch_product.widens(kind, rows) else 0
+        self.scratch = torch.empty(max(rows * (kind.depth + 4), wide), dtype=torch.int8, **make)
         self.integers = None
         real = self.x.float()
         if kind.x:

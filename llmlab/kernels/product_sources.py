@@ -10,7 +10,9 @@ from llmlab.kernels.source import TRITON_TYPES, KernelSource
 
 def product_sources(kind: ProductKind, max_rows: int) -> list[KernelSource]:
     """The kernels of one product in steps of up to `max_rows` rows: one for each class of rows, shared by other sizes."""
-    sources = [product_source(kind, *launch) for launch in launch_product.launches(kind, max_rows)]
+    sources = [product_source(*launch) for launch in launch_product.launches(kind, max_rows)]
+    if launch_product.widens(kind, max_rows):
+        sources.append(_widen_source(kind))
     return [*sources, _quantize_source(kind)] if kind.x else sources
 
 
@@ -26,13 +28,22 @@ def product_source(kind: ProductKind, name: str, launch: Launch) -> KernelSource
         "x_scale": "*fp32",
         **dict.fromkeys(("rows", "depth", "width", "x_stride"), "i32"),
     }
-    has = {"scale": kind.bits < 16, "x_scale": kind.x, "bias": kind.bias, "add": kind.add}
+    has = {"scale": kind.scale_shape is not None, "x_scale": kind.x, "bias": kind.bias, "add": kind.add}
     null = tuple(parameter for parameter, there in has.items() if not there)
     labels = launch_product.labels(kind, launch)
     aligned = ("x", "weight", "scale", "bias", "add", "out", "depth", "x_stride")
     hints = (*aligned, "width") if labels["ALIGNED_WIDTH"] else aligned
     function = f"llmlab.kernels.gpu.product:{name}"
     return KernelSource(function, types, launch.constants, launch.options, null, hints, labels)
+
+
+def _widen_source(kind: ProductKind) -> KernelSource:
+    name, launch = launch_product.widen(kind)
+    types = {"wide": TRITON_TYPES[kind.dtype], "weight": "*i16", "scale": "*fp16", "depth": "i32"}
+    null = () if kind.group else ("scale",)
+    aligned = ("wide", "weight", "scale", "depth")
+    function = f"llmlab.kernels.gpu.widen:{name}"
+    return KernelSource(function, types, launch.constants, launch.options, null, aligned, launch.constants)
 
 
 def _quantize_source(kind: ProductKind) -> KernelSource:

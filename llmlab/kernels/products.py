@@ -43,20 +43,28 @@ class Product:
         self._kernels: dict[int, LoadedKernel] = {}
         for most in ROW_CLASSES:  # as far as the engine's largest step
             name, launch = launch_product.launch(kind, most)
+            labels = launch_product.labels(launch_product.multiplied(kind, most), launch)
             try:
-                self._kernels[most] = LoadedKernel(kernels, device, name, launch_product.labels(kind, launch))
+                self._kernels[most] = LoadedKernel(kernels, device, name, labels)
             except EngineError:
                 if not self._kernels:
                     raise
                 break
+        self._widen: LoadedKernel | None = None
+        if launch_product.widens(kind, max(self._kernels)):
+            name, launch = launch_product.widen(kind)
+            self._widen, self._widen_grid = LoadedKernel(kernels, device, name, launch.constants), launch.grid
         self._quantize: LoadedKernel | None = None
         if kind.x:
             name, launch = launch_product.quantize(kind, 1)
             self._quantize = LoadedKernel(kernels, device, name, {**launch.constants, "DTYPE": kind.dtype})
 
     def scratch_bytes(self, rows: int) -> int:
-        """What to allocate for steps of up to `rows` rows; products may share it. x as int8, then its scales."""
-        return rows * (self.kind.depth + 4) if self.kind.x else 0
+        """What to allocate for steps of up to `rows` rows; products may share it. x as int8, then its scales; or the weight made wide."""
+        kind = self.kind
+        if launch_product.widens(kind, rows):
+            return 2 * kind.outputs * kind.depth
+        return rows * (kind.depth + 4) if kind.x else 0
 
     def _launch(self, rows: int) -> tuple[LoadedKernel, tuple[int, ...]]:
         most = launch_product.row_class(rows)
@@ -81,4 +89,8 @@ class Product:
             x = {"values": p.scratch, "scale": p.scratch + rows * kind.depth, "given": p.x_scale}
             self._quantize.launch((rows,), {**values, **x}, stream)
             values |= {"x": p.scratch, "x_stride": kind.depth, "x_scale": x["scale"]}
+        if launch_product.widens(kind, rows):
+            assert self._widen is not None
+            self._widen.launch(self._widen_grid, {**values, "wide": p.scratch}, stream)
+            values["weight"] = p.scratch
         kernel.launch(grid, values, stream)

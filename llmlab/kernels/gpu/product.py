@@ -50,7 +50,7 @@ def product_rows(
     x,  # [rows, depth], rows `x_stride` elements apart; int8 read as i32 where INTEGERS
     x_scale,  # f32 [rows]; read where INTEGERS
     weight,  # [outputs, depth] of 16 bits, or i16 [outputs, depth · BITS / 16]; int8 read as i32 where INTEGERS
-    scale,  # f16 [outputs], or [outputs, depth / GROUP]; read where BITS < 16
+    scale,  # f16 [outputs] where SCALED, [outputs, depth / GROUP] where GROUP
     bias,  # [outputs]; read where BIAS
     add,  # [rows, width]; read where ADD
     rows,
@@ -63,6 +63,7 @@ def product_rows(
     BITS: tl.constexpr,
     INTEGERS: tl.constexpr,  # whether x and W are int8 and multiplied as such
     GROUP: tl.constexpr,
+    SCALED: tl.constexpr,  # whether each column of out has a scale
     GATE: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
@@ -130,7 +131,7 @@ def product_rows(
                 s = tl.load(x_scale + row, mask=real, other=0.0)
                 value *= s
                 other *= s
-            if BITS < 16 and GROUP == 0:
+            if SCALED:
                 value *= tl.load(scale + column, mask=real, other=0.0).to(tl.float32)
                 if GATE != "":
                     other *= tl.load(scale + width + column, mask=real, other=0.0).to(tl.float32)
@@ -159,7 +160,7 @@ def product_tiles(
     x,  # [rows, depth], rows `x_stride` elements apart; int8 where INTEGERS
     x_scale,  # f32 [rows]; read where INTEGERS
     weight,  # [outputs, depth] of 16 bits or of int8, or i16 [outputs, depth · BITS / 16]
-    scale,  # f16 [outputs], or [outputs, depth / GROUP]; read where BITS < 16
+    scale,  # f16 [outputs] where SCALED, [outputs, depth / GROUP] where GROUP
     bias,  # [outputs]; read where BIAS
     add,  # [rows, width]; read where ADD
     rows,
@@ -174,6 +175,7 @@ def product_tiles(
     BITS: tl.constexpr,
     INTEGERS: tl.constexpr,  # whether x and W are int8 and multiplied as such
     GROUP: tl.constexpr,
+    SCALED: tl.constexpr,  # whether each column of out has a scale
     GATE: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
@@ -244,7 +246,7 @@ def product_tiles(
         s = tl.load(x_scale + row, mask=row < rows, other=0.0)
         value *= s
         other *= s
-    if BITS < 16 and GROUP == 0:
+    if SCALED:
         value *= tl.load(scale + column, mask=there, other=0.0).to(tl.float32)
         if GATE != "":
             other *= tl.load(scale + width + column, mask=there, other=0.0).to(tl.float32)

@@ -34,7 +34,7 @@ _MANY = 1 << 30
 _Cut = Vector | Tile
 
 # Up to so many rows: the cut where columns are few (up to 8192; thin tiles, so that every multiprocessor has one), where they
-# are many, and with a gate (columns of out; W has twice as many).
+# are many, and with a gate (columns of out; W has twice as many). Weights of 8 or 4 bits are made wide where rows are more.
 CUTS: dict[str, dict[int, tuple[_Cut, _Cut, _Cut]]] = {
     "16 bits": {
         1: (Vector(1, 1, 8, 2), Vector(1, 1, 8, 2), Vector(1, 1, 8)),
@@ -54,7 +54,6 @@ CUTS: dict[str, dict[int, tuple[_Cut, _Cut, _Cut]]] = {
         32: (Tile(32, 64, 64, 4, 6, True), Tile(32, 128, 128, 8, 6, True), Tile(32, 128, 128, 8, 4, True)),
         64: (Tile(64, 64, 128, 4, 6, True), Tile(64, 128, 128, 8, 4, True), Tile(64, 128, 128, 8, 4, True)),
         128: (Tile(128, 64, 128, 4, 4, True), Tile(128, 128, 128, 8, 3, True), Tile(128, 128, 64, 8, 3, True)),
-        _MANY: (Tile(128, 256, 64, 8, 3, True), Tile(128, 256, 64, 8, 3, True), Tile(128, 128, 64, 8, 3, True)),
     },
     "4 bits": {
         1: (Vector(1, 4, 2), Vector(1, 2, 1), Vector(1, 2, 1)),
@@ -63,7 +62,6 @@ CUTS: dict[str, dict[int, tuple[_Cut, _Cut, _Cut]]] = {
         32: (Tile(32, 32, 128, 4, 4, True), Tile(32, 128, 128, 8, 4, True), Tile(32, 128, 128, 8, 4, True)),
         64: (Tile(64, 64, 128, 4, 4, True), Tile(64, 128, 128, 8, 4, True), Tile(64, 128, 128, 8, 3, True)),
         128: (Tile(128, 64, 128, 4, 4, True), Tile(128, 128, 128, 8, 3, True), Tile(128, 128, 64, 8, 3, True)),
-        _MANY: (Tile(128, 128, 128, 8, 3, True), Tile(128, 128, 128, 8, 3, True), Tile(128, 128, 64, 8, 3, True)),
     },
     "8 by 8 bits": {
         1: (Vector(1, 2, 2, 2), Vector(1, 1, 1), Vector(1, 1, 1)),

@@ -9,6 +9,7 @@ from llmlab.kernels.gpu import launch_product
 from llmlab.kernels.gpu.launch_product import ProductKind, Tile, Vector
 from llmlab.kernels.gpu.product import product_rows, product_tiles
 from llmlab.kernels.gpu.quantize import quantize_rows
+from llmlab.kernels.gpu.widen import widen_weight
 
 _KERNELS = {"product_rows": product_rows, "product_tiles": product_tiles}
 
@@ -28,6 +29,9 @@ def start_product(
     torch = require("torch", "export")
     rows = len(out)
     name, launch = launch_product.launch(kind, rows, cut)
+    if cut is None and launch_product.widens(kind, rows):
+        weight = start_widen(kind, weight, scale)
+        kind = kind.wide
     if kind.x:
         x, x_scale = start_quantize(kind, x, x_scale)
         if name == "product_rows":
@@ -40,6 +44,16 @@ def start_product(
         **launch.constants,
         **launch.options,
     )
+
+
+def start_widen(kind: ProductKind, weight: Any, scale: Any) -> Any:
+    """A packed weight as [outputs, depth] of 16 bits."""
+    torch = require("torch", "export")
+    dtype = getattr(torch, kind.dtype)
+    wide = torch.full((kind.outputs, kind.depth), torch.nan, dtype=dtype, device=weight.device)
+    _, launch = launch_product.widen(kind)
+    widen_weight[launch.grid](wide, weight.view(torch.int16), scale, kind.depth, **launch.constants, **launch.options)
+    return wide
 
 
 def start_quantize(kind: ProductKind, x: Any, given: Any = None) -> tuple[Any, Any]:

@@ -63,7 +63,7 @@ def open_backend(
     activations = Activations.allocate(program, *sizes)
     staging = Staging(*sizes, blocks_a_sequence)
     attention = AttentionLayers(program, manifest.kv, tables, kernels, device, sizes)
-    rows = RowLayers(program, kernels, device, sizes[0])
+    rows = RowLayers(program, kernels, device, sizes)
     tokens = Tokens(kernels, device, vocab, compiled.max_batch)
     most = min(part.most_blocks for part in parts.values())
     wanted = 2 * max_num_seqs * blocks_a_sequence

@@ -48,17 +48,21 @@ def norm_kind(step: Normalize, program: Program) -> NormKind:
 class RowLayers:
     """The products and norms of one program, by their place in it."""
 
-    def __init__(self, program: Program, kernels: KernelSet, device: Device, most_rows: int) -> None:
-        """Raises EngineError where there are no kernels for this GPU."""
+    def __init__(self, program: Program, kernels: KernelSet, device: Device, limits: tuple[int, int]) -> None:
+        """limits: most tokens and most sequences of a step. Raises EngineError where there are no kernels for this GPU."""
         self._program = program
         self._products: dict[ProductKind, Product] = {}
         self._norms: dict[NormKind, RowNorm] = {}
+        scratch = 0
         for step in program.steps:
-            if isinstance(step, Multiply) and (kind := product_kind(step, program)) not in self._products:
-                self._products[kind] = Product(kernels, device, kind)
+            if isinstance(step, Multiply):
+                kind = product_kind(step, program)
+                if kind not in self._products:
+                    self._products[kind] = Product(kernels, device, kind)
+                of_tokens = program.tensors[step.x.tensor].rows == "T"
+                scratch = max(scratch, self._products[kind].scratch_bytes(limits[0 if of_tokens else 1]))
             if isinstance(step, Normalize) and (norm := norm_kind(step, program)) not in self._norms:
                 self._norms[norm] = RowNorm(kernels, device, norm)
-        scratch = max((product.scratch_bytes(most_rows) for product in self._products.values()), default=0)
         self._scratch = DeviceBuffer(scratch, "products")
         self._steps: dict[int, tuple[Enqueue, bool]] = {}
 
