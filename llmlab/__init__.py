@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from llmlab.tensorrt.config import BuildConfig as BuildConfig
     from llmlab.widgets.chat.panel import chat as chat
     from llmlab.widgets.explorer.explorer import explore as explore
+    from llmlab.widgets.monitor.panel import monitor as monitor
 
 _HOME = {
     "export": "llmlab.graph.export",
@@ -79,6 +80,7 @@ _HOME = {
     "Editor": "llmlab.graph.edit",
     "operator": "llmlab.graph.operators.operator",
     "chat": "llmlab.widgets.chat.panel",
+    "monitor": "llmlab.widgets.monitor.panel",
     "LlmlabError": "llmlab.errors",
 }
 
@@ -112,6 +114,7 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "Editor",
     "operator",
     "chat",
+    "monitor",
     "LlmlabError",
     "__version__",
 ]

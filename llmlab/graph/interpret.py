@@ -91,9 +91,15 @@ class Interpreter:
 
     def __init__(self, graph: Graph, num_blocks: int, block_size: int) -> None:
         self._run = ReferenceEvaluator(graph.to_onnx(), new_ops=list(KERNELS))
+        self._layers = graph.kv_layers()
+        self.caches: dict[str, np.ndarray] = {}
+        self.reset(num_blocks, block_size)
+
+    def reset(self, num_blocks: int, block_size: int) -> None:
+        """Begin again with pools of this size, in which nothing is written."""
         self.caches = {
             layer.name: unwritten((2, num_blocks, layer.kv_heads, block_size, layer.head_dim), layer.dtype)
-            for layer in graph.kv_layers()
+            for layer in self._layers
         }
 
     def step(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:

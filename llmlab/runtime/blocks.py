@@ -164,6 +164,10 @@ class BlockManager:
         self._dead.clear()
         return dead
 
+    def states(self) -> list[tuple[int, bool, int]]:
+        """For each block: how many sequences own it, whether it is cached, and how many of its tokens are known."""
+        return [(self._references[b], b in self._cached, self._filled[b]) for b in range(self.num_blocks)]
+
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Compare the books with `tables`, the blocks of every sequence there is. Raises IntegrityError."""
         owners = Counter(block for table in tables for block in table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmlab.errors import EngineError, InputError
@@ -74,11 +75,23 @@ class EngineCore:
         self._live: dict[str, list[Sequence]] = {}
         self._cancelled: list[SequenceUpdate] = []
         self._num_sequences = 0
+        self.observer: Callable[[Flight | None], None] | None = None
+        """Called at the end of each step with the one that landed, if any: see runtime/trace.py."""
 
     @property
     def has_work(self) -> bool:
         """Whether step() has something to compute or to tell."""
         return bool(self._live or self._cancelled or self._pipeline.flights)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The policy with its queues, to be looked at."""
+        return self._scheduler
+
+    @property
+    def blocks(self) -> BlockManager:
+        """The books of the KV pool, to be looked at."""
+        return self._blocks
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises InputError, and changes nothing, when it can't be served."""
@@ -115,7 +128,7 @@ class EngineCore:
         computed again, and what was being waited for isn't lost.
         """
         started = time.perf_counter()
-        stats, updates = None, []
+        flight, stats, updates = None, None, []
         while self._pipeline.has_room:
             plan = self._scheduler.schedule(ahead=bool(self._pipeline.flights))
             self._release()
@@ -130,6 +143,8 @@ class EngineCore:
         stats = stats or StepStats()
         stats.step_s = time.perf_counter() - started
         self.stats.note(stats)
+        if self.observer is not None:
+            self.observer(flight)
         return told + updates
 
     def waiting_requests(self) -> set[str]:
