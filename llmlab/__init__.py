@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmlab.errors import LlmlabError as LlmlabError
     from llmlab.evaluate.accuracy import evaluate as evaluate
     from llmlab.evaluate.compare import compare as compare
+    from llmlab.evaluate.layers.measure import layers as layers
     from llmlab.evaluate.search import search as search
     from llmlab.evaluate.sensitivity import sensitivity as sensitivity
     from llmlab.graph.convert import convert as convert
@@ -67,6 +68,7 @@ _HOME = {
     "explore": "llmlab.widgets.explorer.explorer",
     "sensitivity": "llmlab.evaluate.sensitivity",
     "search": "llmlab.evaluate.search",
+    "layers": "llmlab.evaluate.layers.measure",
     "LLM": "llmlab.runtime.llm",
     "AsyncLLM": "llmlab.runtime.async_llm",
     "SamplingParams": "llmlab.runtime.params",
@@ -104,6 +106,7 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "search",
     "script",
     "explore",
+    "layers",
     "diff",
     "GraphDiff",
     "register_pass",

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from llmlab.checkpoint import eos_ids, generation_config
 from llmlab.errors import InputError
-from llmlab.files import atomic_folder
+from llmlab.files import atomic_folder, write_json
 from llmlab.graph.graph import Graph
 from llmlab.graph.store.storage import External, write_onnx
 from llmlab.runtime.engine import TARGETS, Engine
 from llmlab.runtime.manifest import (
     MANIFEST,
     MODEL,
+    ORIGINS,
     PREFILL_MODEL,
     PREFILL_WEIGHTS,
     WEIGHTS,
@@ -122,6 +123,7 @@ writes the compiled parts."""
 def _onnxruntime(graph: Graph, limits: Limits, accuracy_level: int | None, prefill: str | None) -> Parts:
     from llmlab.graph.lower.onnxruntime import cache_layout, lower
     from llmlab.graph.lower.onnxruntime_int8 import for_many_rows
+    from llmlab.graph.lower.origins import origins
 
     if graph.activations != "float32":
         raise InputError(
@@ -144,6 +146,8 @@ def _onnxruntime(graph: Graph, limits: Limits, accuracy_level: int | None, prefi
         written: dict[int, External] = {}
         for names, part in graphs.items():
             write_onnx(part.surgeon, work, *names, written=written)
+        found = {model: origins(graph, part).to_dict() for (model, _), part in graphs.items()}
+        write_json(work / ORIGINS, found)
 
     return kv, "float32", None, Products(level, prefill or "") if quantized else None, write
 

@@ -216,6 +216,8 @@ class Editor:
 
     def replace(self, old: gs.Tensor, new: gs.Tensor, *, only: Iterable[gs.Node] | None = None) -> None:
         """Let every consumer of `old` (or `only` these) and, unless `only` is given, the graph's outputs read `new`."""
+        if isinstance(new, gs.Variable) and isinstance(old, gs.Variable):
+            self.graph.stands_for[new.name] = old.name
         for node in list(old.outputs) if only is None else list(only):
             if node is not producer(new):
                 node.inputs = [new if t is old else t for t in node.inputs]

@@ -74,6 +74,8 @@ class Graph:
         self.history = History(history)
         self.steps = tuple(steps)
         """The public calls that made this graph, in order."""
+        self.stands_for: dict[str, str] = {}
+        """Tensors that took another's place since this graph was copied, by name, and the name of what was there."""
 
     @property
     def kind(self) -> str:

@@ -45,6 +45,7 @@ def for_many_rows(lowered: Graph) -> Graph:
     of few rows (the head, which only reads rows whose next token is wanted).
     """
     result = lowered.copy()
+    result.stands_for |= lowered.stands_for
     edit = Editor(result)
     products = _Products(edit)
     rows = next(t.shape[0] for t in edit.surgeon.inputs if t.name == "input_ids")

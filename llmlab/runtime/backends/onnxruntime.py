@@ -39,15 +39,20 @@ class _Span:
 
 
 class OnnxRuntimeBackend:
-    """Implements `Backend` over KV slots. `run_seconds` adds up the time spent inside ONNX Runtime itself."""
+    """Implements `Backend` over KV slots. `run_seconds` adds up the time spent inside ONNX Runtime itself.
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None, num_slots: int) -> None:
+    profile: a folder that gets each model as ONNX Runtime optimized it and, from `end_profiling`, what each node took.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, threads: int | None, num_slots: int, profile: Path | None = None
+    ) -> None:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}, expected an integer of at least 1")
         self.threads = threads or physical_cores()
         prefill = manifest.products is not None and bool(manifest.products.prefill)
-        self._session = _session(folder / MODEL, self.threads, shared=prefill)
-        self._many = _session(folder / PREFILL_MODEL, self.threads, shared=True) if prefill else self._session
+        self._session = _session(folder / MODEL, self.threads, prefill, profile)
+        self._many = _session(folder / PREFILL_MODEL, self.threads, True, profile) if prefill else self._session
         self._pool = SlotPool(manifest.kv.layers, num_slots, manifest.kv.capacity, manifest.kv.dtype)
         vocab = self._session.get_outputs()[0].shape[1]
         self.limits = EngineLimits(
@@ -156,6 +161,12 @@ class OnnxRuntimeBackend:
     def release(self, blocks: Sequence[int]) -> None:
         self._pool.release(blocks)
 
+    def end_profiling(self) -> list[tuple[Path, Path]]:
+        """(the optimized model, ONNX Runtime's profile) of each session, that of many rows last; where `profile` was given, and once."""
+        sessions = {MODEL: self._session} | ({} if self._many is self._session else {PREFILL_MODEL: self._many})
+        profiles = {name: Path(session.end_profiling()) for name, session in sessions.items()}
+        return [(path.parent / name, path) for name, path in profiles.items()]
+
     def close(self) -> None:
         self._spans.clear()
 
@@ -165,7 +176,7 @@ _FUSED_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 left alone it rounds activations to int8."""
 
 
-def _session(model: Path, threads: int, *, shared: bool) -> ort.InferenceSession:
+def _session(model: Path, threads: int, shared: bool, profile: Path | None) -> ort.InferenceSession:
     """shared: another session runs on the same cores in turn with this one, so its threads must not spin between runs."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -174,6 +185,10 @@ def _session(model: Path, threads: int, *, shared: bool) -> ort.InferenceSession
     options.add_session_config_entry(_FUSED_ACCURACY, "1")
     if shared:
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile / model.stem)
+        options.optimized_model_filepath = str(profile / model.name)
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as problem:  # ONNX Runtime raises types of its own, one a status
