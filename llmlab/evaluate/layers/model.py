@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from llmlab.graph.reports.fold import block_of, layer_of
+from llmlab.graph.reports.render import as_text, plain
 
 PHASES = ("decode", "prefill")
 KINDS = ("attention", "product", "experts", "norm", "embedding", "rest")
@@ -73,6 +74,10 @@ class Row:
     name: str
     layers: tuple[CompiledLayer, ...]
 
+    @classmethod
+    def of(cls, layers: Sequence[CompiledLayer]) -> Row:
+        return cls(_together(layers), tuple(layers))
+
     @property
     def first(self) -> CompiledLayer:
         return self.layers[0]
@@ -124,7 +129,7 @@ class EngineLayers:
             if keep is None or keep(layer):
                 work = (layer.kind, layer.dtype, layer.phases, tuple(layer.flops.values()))
                 found.setdefault((layer.alike, *layer.kernels, *work), []).append(layer)
-        return [Row(_together(alike), tuple(alike)) for alike in found.values()]
+        return [Row.of(alike) for alike in found.values()]
 
     def totals(self, by: Callable[[CompiledLayer], str], phase: str) -> dict[str, float]:
         """Seconds of a step by what `by` says of a layer, most first; without times, how many layers there are."""
@@ -171,10 +176,13 @@ class EngineLayers:
         times = "".join(f", {phase} {milliseconds(self.step[phase])}" for phase in self.phases)
         return f"EngineLayers({self.engine}, {self.target}, {len(self.layers)} layers{times})"
 
+    def __str__(self) -> str:
+        return as_text(self, 110)
+
     def __rich__(self) -> RenderableType:
         phases = self.phases
         total = {phase: sum(layer.seconds.get(phase, 0.0) for layer in self.layers) or 1.0 for phase in phases}
-        table = Table(title=repr(self), title_justify="left", title_style="bold", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
         for head in ("layer", "kind", "precision", "what runs"):
             table.add_column(head, overflow="fold")
         for phase in phases:
@@ -183,11 +191,10 @@ class EngineLayers:
         for row in sorted(self.rows(), key=lambda r: -(r.seconds(phases[0]) or 0.0)) if phases else self.rows():
             cells = [row.name, row.first.kind, row.first.dtype, " ".join(row.first.kernels)]
             for phase in phases:
-                cells += [row.each(phase), f"{(row.seconds(phase) or 0) / total[phase]:.1%}"]
-            table.add_row(*cells)
-        for note in (*self.notes, f"folded away: {len(self.folded)} nodes"):
-            table.add_row(note)
-        return table
+                cells += [row.each(phase), f"{(row.seconds(phase) or 0) / total[phase]:.1%}" if row.each(phase) else ""]
+            table.add_row(*map(plain, cells))
+        notes = [*self.notes, f"{len(self.folded)} nodes were computed before it runs, or are of no use"]
+        return Group(plain(repr(self), "bold"), table, *map(plain, notes))
 
 
 def kind_of(ops: Iterable[str]) -> str:
@@ -225,7 +232,7 @@ def name_layers(given: Iterable[tuple[str, ...]], kinds: Iterable[str], kernels:
     return names
 
 
-def _together(layers: list[CompiledLayer]) -> str:
+def _together(layers: Sequence[CompiledLayer]) -> str:
     """One name for layers that are alike: `model.layers.0–5.mlp`."""
     if len(layers) == 1:
         return layers[0].name

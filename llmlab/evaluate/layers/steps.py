@@ -105,9 +105,9 @@ class Steps:
 
     @classmethod
     def best(cls, times: Sequence[float]) -> float:
-        """The mean of the fastest quarter of the runs that count, which were disturbed least; of three at least."""
+        """The mean of the fastest quarter of the runs that count, which were disturbed least."""
         order = sorted(cls.counted(times))
-        return fmean(order[: max(3, len(order) // 4)])
+        return fmean(order[: max(1, len(order) // 4)])
 
     def to_dict(self) -> dict[str, Any]:
         return {name: number for name, number in asdict(self).items() if name != "seconds"}

@@ -1,0 +1,159 @@
+"""Layers of one engine or of two as a panel: sorted, searched, folded, measured again."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, ClassVar
+
+from markupsafe import Markup
+
+from llmlab.errors import InputError, LlmlabError
+from llmlab.evaluate.layers.align import Alignment, PairRow, align
+from llmlab.evaluate.layers.measure import layers
+from llmlab.evaluate.layers.model import CompiledLayer, EngineLayers, Row
+from llmlab.runtime.engine import Engine
+from llmlab.widgets.engine_view import draw
+from llmlab.widgets.panel import Panel
+
+SORTS = {"time": "longest first", "order": "as it runs", "name": "by name", "difference": "largest difference first"}
+"""Ways to sort, and how they are called; `difference` is for two engines."""
+
+
+class EngineView(Panel):
+    """What `llmlab.inspect(engine)` and `llmlab.inspect(engine, other)` give.
+
+    `measured` has the data: one EngineLayers for each engine. `measure()` measures again.
+    """
+
+    name = "engine-view"
+    regions: ClassVar[tuple[str, ...]] = ("head", "totals", "rows")
+
+    def __init__(self, engines: list[Engine], measured: list[EngineLayers], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.engines, self.measured = engines, measured
+        self.options = options
+        phases = measured[0].phases
+        self.phase = phases[0] if phases else "decode"
+        self.sort = "time" if phases else "order"
+        self.search = ""
+        self.block = ""
+        self.status = ""
+        self._stop = threading.Event()
+        self._worker: threading.Thread | None = None
+
+    def title(self) -> str:
+        names = " against ".join(f"{m.engine} ({m.target})" for m in self.measured)
+        return f"What runs in {names}"
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """Of two engines in the phase that is shown."""
+        if len(self.measured) != 2:
+            return None
+        first, second = self.measured
+        return align(first, second, self.phase)
+
+    def rows(self) -> list[Row] | list[PairRow]:
+        """What is shown, in order."""
+        if (both := self.alignment) is not None:
+            pairs = both.rows(lambda pair: any(map(self._shown, (*pair.first, *pair.second))))
+            if self.sort == "name":
+                return sorted(pairs, key=lambda row: row.name)
+            if self.sort != "order":
+                return sorted(pairs, key=self._weight, reverse=True)
+            return pairs
+        single = self.measured[0].rows(lambda layer: self.phase in layer.phases and self._shown(layer))
+        if self.sort == "name":
+            return sorted(single, key=lambda row: row.name)
+        if self.sort != "order":
+            return sorted(single, key=lambda row: row.seconds(self.phase) or 0.0, reverse=True)
+        return single
+
+    def _weight(self, row: PairRow) -> float:
+        one, two = (row.seconds(side, self.phase) or 0.0 for side in (0, 1))
+        return abs(one - two) if self.sort == "difference" else max(one, two)
+
+    def _shown(self, layer: CompiledLayer) -> bool:
+        if self.block and layer.layer != self.block:
+            return False
+        words = self.search.lower().split()
+        text = " ".join((layer.name, layer.kind, layer.dtype, *layer.kernels, *layer.nodes)).lower()
+        return all(word in text for word in words)
+
+    def blocks(self) -> list[str]:
+        """Transformer layers, and modules outside of them, in running order."""
+        return list(dict.fromkeys(layer.layer for m in self.measured for layer in m.layers))
+
+    def on_phase(self, key: str, value: Any) -> None:
+        if value in ("decode", "prefill"):
+            self.phase = value
+
+    def on_sort(self, key: str, value: Any) -> list[str]:
+        if value in SORTS:
+            self.sort = value
+        return ["rows"]
+
+    def on_search(self, key: str, value: Any) -> list[str]:
+        self.search = str(value or "")[:200]
+        return ["rows"]
+
+    def on_block(self, key: str, value: Any) -> list[str]:
+        self.block = str(value or "")
+        return ["rows"]
+
+    def on_measure(self, key: str, value: Any) -> list[str]:
+        if self._worker is None or not self._worker.is_alive():
+            self._stop.clear()
+            self.status = "measuring"
+            self._worker = threading.Thread(target=self._measure, name="llmlab-layers", daemon=True)
+            self._worker.start()
+        return ["head"]
+
+    def on_stop(self, key: str, value: Any) -> list[str]:
+        self._stop.set()
+        return ["head"]
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def _measure(self) -> None:
+        status = ""
+        try:
+            found = [layers(engine, stop=self._stop, **self.options) for engine in self.engines]
+            with self.lock:
+                self.measured = found
+        except KeyboardInterrupt:
+            status = "stopped: these are the times from before"
+        except LlmlabError as problem:
+            status = str(problem)
+        with self.lock:
+            self.status = status
+        self.refresh()
+
+    def draw_head(self) -> Markup:
+        return draw.head(self)
+
+    def draw_totals(self) -> Markup:
+        return draw.totals(self)
+
+    def draw_rows(self) -> Markup:
+        return draw.rows(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        both = self.alignment
+        shown = both.to_dict() if both is not None else {"engines": [m.to_dict() for m in self.measured]}
+        return {**super().to_dict(), "phase": self.phase, **shown}
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.measured))
+
+
+def view_engines(*given: Engine | EngineLayers | str | Path, **options: Any) -> EngineView:
+    """The view of one engine or of two; options are those of `llmlab.layers`, and what was measured before isn't measured again."""
+    if not 1 <= len(given) <= 2:
+        raise InputError(f"{len(given)} engines were given, expected one, or two of one model")
+    engines = [g if isinstance(g, Engine) else Engine.load(g) for g in given if not isinstance(g, EngineLayers)]
+    opened = iter(engines)
+    found = [g if isinstance(g, EngineLayers) else layers(next(opened), **options) for g in given]
+    return EngineView(engines if len(engines) == len(given) else [], found, options)
