@@ -23,7 +23,7 @@ from llmlab.kernels.compile import check_architectures
 from llmlab.kernels.gpu.geometry import QUANTIZED_POOLS
 from llmlab.program_tensorrt import Kernels, check_tables, compile_for, to_program
 from llmlab.runtime import program as run
-from llmlab.runtime.manifest import PROGRAM, TABLES, TENSORS, Compiled, KVLayout
+from llmlab.runtime.manifest import LAYERS, ORIGINS, PROGRAM, TABLES, TENSORS, Compiled, KVLayout
 from llmlab.tensorrt.builder import PlanBuilder
 from llmlab.tensorrt.config import BuildConfig
 from llmlab.tensorrt.gpu import visible_gpu
@@ -31,8 +31,6 @@ from llmlab.tensorrt.inspect import inspect_plan
 from llmlab.tensorrt.library import Library, resolve
 from llmlab.tensorrt.precision import WeakTyping
 
-LAYERS = "layers.json"
-"""How long each part took to build, and the layers that it was compiled to, as the build listed them or the engine inspector."""
 _LEVEL = (
     5  # where products are kernels, what is left is small and the same for all layers: the longest search costs seconds
 )
@@ -132,6 +130,8 @@ def write(build: Build, kernels: KernelSet | None, work: Path, max_seq_len: int)
             if part.key not in layers:  # parts of one key have the same
                 layers[part.key] = made.listing or _inspected(build.library, made.data, part.name)
     write_json(work / LAYERS, {"parts": records, "layers": layers})
+    nodes = [[n.name for n in part.graph.surgeon.nodes] for part in build.lowered.parts if isinstance(part, Dense)]
+    write_json(work / ORIGINS, {"model": build.lowered.origins.to_dict(), "parts": nodes})
 
 
 def _inspected(library: Library, plan: memoryview, name: str) -> dict[str, Any]:

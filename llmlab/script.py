@@ -10,11 +10,11 @@ from typing import Any
 
 from llmlab.errors import InputError
 from llmlab.runtime.engine import Engine
-from llmlab.runtime.manifest import MANIFEST, Manifest
+from llmlab.runtime.manifest import LAYERS, MANIFEST, Manifest
 from llmlab.steps import Step
 from llmlab.tensorrt.config import BuildConfig
 
-_TIMED = ("layers.json", ".plan")
+_TIMED = (LAYERS, ".plan")
 """Ends of the names of files that depend on what a TensorRT measured while it built."""
 
 

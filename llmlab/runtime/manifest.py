@@ -21,6 +21,7 @@ MODEL, WEIGHTS = "model.onnx", "weights.bin"  # onnxruntime
 PREFILL_MODEL, PREFILL_WEIGHTS = "prefill.onnx", "prefill.bin"  # beside them, for steps of many tokens
 PROGRAM, TABLES, KERNELS = "program.json", "tables.safetensors", "kernels.json"  # TensorRT, beside *.plan and *.cubin
 TENSORS = "weights.safetensors"  # TensorRT, where products are kernels
+LAYERS = "layers.json"  # TensorRT: how long each part took to build, and its layers as the build or the inspector listed them
 ORIGINS = "origins.json"  # which nodes of the serving graph became which of the model that was compiled
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,8 +57,12 @@ def inspector_json(library: Library, engine: Any) -> dict[str, Any]:
 
 def listing_of(library: Library, engine: Any) -> Listing:
     """The layers of an engine that is open, and its inputs and outputs."""
-    layers = [_layer(entry) for entry in inspector_json(library, engine).get("Layers", ())]
-    return Listing(tuple(layers), tuple(_bindings(library, engine)))
+    return Listing(layers_of(inspector_json(library, engine)), tuple(_bindings(library, engine)))
+
+
+def layers_of(answer: Mapping[str, Any]) -> tuple[Layer, ...]:
+    """The layers in the inspector's JSON."""
+    return tuple(_layer(entry) for entry in answer.get("Layers", ()))
 
 
 @dataclass(frozen=True)

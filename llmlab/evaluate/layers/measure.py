@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 from llmlab.errors import EngineError
 from llmlab.evaluate.layers.model import EngineLayers
@@ -41,17 +42,22 @@ def layers(
         from llmlab.evaluate.layers.onnxruntime import read_layers
 
         return read_layers(opened, found, steps, threads, stop)
-    raise EngineError(f"{opened.path}: layers of {opened.manifest.target} engines can't be read yet")
+    from llmlab.evaluate.layers.tensorrt import read_layers as read_plans
+
+    return read_plans(opened, found, steps)
 
 
-def read_origins(engine: Engine) -> dict[str, Origins]:
-    """What the build wrote of each model. Raises EngineError where it didn't."""
+def read_origins(engine: Engine) -> dict[str, Any]:
+    """What the build wrote: Origins by model; of TensorRT the names of each part's nodes too, as `parts`. Raises EngineError where it didn't."""
     path = engine.path / ORIGINS
     if ORIGINS not in engine.manifest.files:
         raise EngineError(
             f"{engine.path}: doesn't say which nodes it was made of: an older llmlab built it, build it again"
         )
     try:
-        return {str(name): Origins.from_dict(entry) for name, entry in read_json(path, EngineError).items()}
+        data = {**read_json(path, EngineError)}
+        parts = [[str(name) for name in part] for part in data.pop("parts", ())]
+        found: dict[str, Any] = {str(name): Origins.from_dict(entry) for name, entry in data.items()}
+        return {**found, "parts": parts} if engine.manifest.compiled is not None else found
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise EngineError(f"{path}: altered, build the engine again") from problem

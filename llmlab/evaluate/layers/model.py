@@ -189,7 +189,8 @@ class EngineLayers:
             table.add_column(f"{phase}, each", justify="right", no_wrap=True)
             table.add_column("share", justify="right", no_wrap=True)
         for row in sorted(self.rows(), key=lambda r: -(r.seconds(phases[0]) or 0.0)) if phases else self.rows():
-            cells = [row.name, row.first.kind, row.first.dtype, " ".join(row.first.kernels)]
+            only = "" if row.first.phases == PHASES else f" ({', '.join(row.first.phases)} alone)"
+            cells = [row.name + only, row.first.kind, row.first.dtype, " ".join(row.first.kernels)]
             for phase in phases:
                 cells += [row.each(phase), f"{(row.seconds(phase) or 0) / total[phase]:.1%}" if row.each(phase) else ""]
             table.add_row(*map(plain, cells))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_graphsurgeon as gs
@@ -25,10 +25,10 @@ class Origin:
 class Origins:
     """Every node of a graph, once: in one of `groups`, or among those that nothing is left of."""
 
-    ops: Mapping[str, str]
+    ops: Mapping[str, str] = field(default_factory=dict)
     """Operator by name of the nodes that there were, in their order."""
-    groups: tuple[Origin, ...]
-    folded: tuple[str, ...]
+    groups: tuple[Origin, ...] = ()
+    folded: tuple[str, ...] = ()
     """Computed when weights were written, or found to be of no use."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from llmlab.errors import InputError
@@ -10,6 +12,7 @@ from llmlab.graph.graph import OPSET, Graph
 from llmlab.graph.lower.gated import expand_gated
 from llmlab.graph.lower.int32 import int32_inputs
 from llmlab.graph.lower.opset import legalise
+from llmlab.graph.lower.origins import origins
 from llmlab.graph.lower.tensorrt_experts import expand_experts
 from llmlab.graph.lower.tensorrt_native import native_attention
 from llmlab.graph.lower.tensorrt_norms import mark_norms
@@ -71,11 +74,14 @@ def lower(
     sort_nodes(work.surgeon.cleanup())
     if weak_type is None:
         keep.clear()
+    found = origins(graph, work)  # hosting takes nodes apart, and names none anew
     if hosting == "plugin":
-        return plugin_nodes(edit, block)
-    if hosting == "native":
-        return native_attention(edit, block)
-    return cut_at_kernels(edit, weak_type, wide, keep, products)
+        made = plugin_nodes(edit, block)
+    elif hosting == "native":
+        made = native_attention(edit, block)
+    else:
+        made = cut_at_kernels(edit, weak_type, wide, keep, products)
+    return replace(made, origins=found)
 
 
 def _check(

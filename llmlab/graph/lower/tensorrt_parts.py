@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from llmlab.graph.graph import Graph
+from llmlab.graph.lower.origins import Origins
 from llmlab.graph.store.lazy import Values
 
 Rows = Literal["T", "N"]
@@ -128,3 +129,5 @@ class Lowered:
     """float32 arrays that the attention between the parts reads."""
     weights: Mapping[str, Values] = field(default_factory=dict)
     """What kernels and parts read from outside, each computed when it is written."""
+    origins: Origins = field(default_factory=Origins)
+    """Which nodes of the graph became which of the parts, by the names of these; of kernels by `name`."""
