@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from llmlab.runtime.params import SamplingParams as SamplingParams
     from llmlab.script import script as script
     from llmlab.tensorrt.config import BuildConfig as BuildConfig
+    from llmlab.widgets.bench_panel.panel import bench as bench
+    from llmlab.widgets.build_panel.panel import watch_build as watch_build
     from llmlab.widgets.chat.panel import chat as chat
     from llmlab.widgets.explorer.explorer import explore as explore
     from llmlab.widgets.monitor.panel import monitor as monitor
@@ -69,6 +71,8 @@ _HOME = {
     "sensitivity": "llmlab.evaluate.sensitivity",
     "search": "llmlab.evaluate.search",
     "layers": "llmlab.evaluate.layers.measure",
+    "watch_build": "llmlab.widgets.build_panel.panel",
+    "bench": "llmlab.widgets.bench_panel.panel",
     "LLM": "llmlab.runtime.llm",
     "AsyncLLM": "llmlab.runtime.async_llm",
     "SamplingParams": "llmlab.runtime.params",
@@ -107,6 +111,8 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "script",
     "explore",
     "layers",
+    "watch_build",
+    "bench",
     "diff",
     "GraphDiff",
     "register_pass",

@@ -12,6 +12,7 @@ from llmlab.errors import InputError
 from llmlab.files import atomic_folder, write_json
 from llmlab.graph.graph import Graph
 from llmlab.graph.store.storage import External, write_onnx
+from llmlab.progress import begins
 from llmlab.runtime.engine import TARGETS, Engine
 from llmlab.runtime.manifest import (
     MANIFEST,
@@ -129,6 +130,7 @@ def _onnxruntime(graph: Graph, limits: Limits, accuracy_level: int | None, prefi
         raise InputError(
             f"the graph is in {graph.activations}, and target onnxruntime computes in float32: build from one that wasn't converted, or for {', '.join(t for t in TARGETS if t != 'onnxruntime')}"
         )
+    begins("lowering the graph")
     capacity = slot_capacity(limits)
     level = DEFAULT_ACCURACY_LEVEL if accuracy_level is None else accuracy_level
     lowered = lower(graph, capacity, accuracy_level=level)
@@ -145,6 +147,7 @@ def _onnxruntime(graph: Graph, limits: Limits, accuracy_level: int | None, prefi
     def write(work: Path) -> None:
         written: dict[int, External] = {}
         for names, part in graphs.items():
+            begins(f"writing {names[0]} and its weights")
             write_onnx(part.surgeon, work, *names, written=written)
         found = {model: origins(graph, part).to_dict() for (model, _), part in graphs.items()}
         write_json(work / ORIGINS, found)
@@ -155,6 +158,7 @@ def _onnxruntime(graph: Graph, limits: Limits, accuracy_level: int | None, prefi
 def _tensorrt(graph: Graph, target: str, limits: Limits, config: BuildConfig, kernels: KernelSet | None) -> Parts:
     from llmlab.build_tensorrt import prepare, write
 
+    begins("lowering the graph")
     made = prepare(graph, target, config, limits.max_seq_len)
     return made.kv, config.precision, made.compiled, None, lambda work: write(made, kernels, work, limits.max_seq_len)
 
@@ -190,7 +194,9 @@ def _write(
         write(work)
         for name, data in graph.assets.items():
             (work / name).write_bytes(data)
+        begins("hashing the files")
         manifest.write(work)
+        begins("moving the folder into place")
     return Engine(path, Manifest.read(path))
 
 

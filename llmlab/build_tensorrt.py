@@ -22,6 +22,7 @@ from llmlab.kernels.binaries import KernelSet
 from llmlab.kernels.compile import check_architectures
 from llmlab.kernels.gpu.geometry import QUANTIZED_POOLS
 from llmlab.program_tensorrt import Kernels, check_tables, compile_for, to_program
+from llmlab.progress import begins
 from llmlab.runtime import program as run
 from llmlab.runtime.manifest import LAYERS, ORIGINS, PROGRAM, TABLES, TENSORS, Compiled, KVLayout
 from llmlab.tensorrt.builder import PlanBuilder
@@ -108,12 +109,14 @@ def _products(config: BuildConfig, hosting: str) -> bool:
 def write(build: Build, kernels: KernelSet | None, work: Path, max_seq_len: int) -> None:
     """Compile and write all files but the manifest and the graph's assets. Ctrl-C stops in the middle."""
     if kernels is None:
+        begins("compiling kernels")
         kernels = compile_for([build.kernels], build.capabilities)
     kernels.write(work)
     write_json(work / PROGRAM, build.program.to_dict())
     save_file = require("safetensors.numpy", "tensorrt").save_file
     save_file(dict(build.lowered.tables), work / TABLES)
     if build.lowered.weights:
+        begins("writing the weights")
         write_tensors(work / TENSORS, build.lowered.weights)
     dense = (part for part in build.lowered.parts if isinstance(part, Dense))
     steps = (step for step in build.program.steps if isinstance(step, run.RunPlan))
@@ -122,6 +125,7 @@ def write(build: Build, kernels: KernelSet | None, work: Path, max_seq_len: int)
         plans.setdefault(step.plan, part)
     records: list[dict[str, Any]] = []
     layers: dict[str, Any] = {}
+    begins(f"compiling {len(plans)} part{'s' if len(plans) > 1 else ''} with {build.library}")
     with PlanBuilder(build.library, build.config, total=len(plans)) as builder:
         for plan, part in plans.items():
             made = _compile(builder, build, part, max_seq_len, work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -118,9 +119,16 @@ def _once(
 
 
 def drive(
-    core: EngineCore, size: int, prompt_len: int, output_len: int, random: np.random.Generator
+    core: EngineCore,
+    size: int,
+    prompt_len: int,
+    output_len: int,
+    random: np.random.Generator,
+    stop: threading.Event | None = None,
 ) -> tuple[float, list[tuple[float, float]]]:
-    """Run `size` requests of random tokens to their end: (seconds, (seconds, seconds in the backend) of each step of decoding only)."""
+    """Run `size` requests of random tokens to their end: (seconds, (seconds, seconds in the backend) of each step of decoding only).
+
+    Once `stop` is set it raises KeyboardInterrupt between two steps; requests are then left in the core."""
     from llmlab.runtime.params import SamplingParams
     from llmlab.runtime.request import Request
 
@@ -131,6 +139,8 @@ def drive(
     steps: list[tuple[float, float]] = []
     started = time.perf_counter()
     while core.has_work:
+        if stop is not None and stop.is_set():
+            raise KeyboardInterrupt
         errors = [update.error for update in core.step() if update.error]
         if errors:
             raise EngineError(errors[0])
