@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import Context, copy_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +23,33 @@ _HERE = Path(__file__).parent
 class LivePanel(anywidget.AnyWidget):
     """Shows one panel. The page asks for the whole panel when it opens, since a page can open later or again."""
 
-    _esm = (_HERE / "panel.js").read_text("utf-8")
+    _esm = "".join((_HERE / name).read_text("utf-8") for name in ("morph.js", "panel.js"))
     _css = (_HERE / "panel.css").read_text("utf-8")
     html = traitlets.Unicode("").tag(sync=True)
 
     def __init__(self, panel: Panel) -> None:
         super().__init__(html=panel.html())
         self._panel = panel
+        self._open: dict[str, Context] = {}
         self.on_msg(self._receive)
-        panel.listen(lambda drawn: self.send({"regions": drawn}))
+        panel.listen(self._draw)
+
+    def _draw(self, drawn: dict[str, str]) -> None:
+        # A kernel sends the page's next action to where this message came from: it must not wait behind a running cell
+        # because a cell, or a thread that a cell started, drew last. So all come from where the page asked.
+        views = tuple(self._open.values())
+        if views:
+            views[-1].copy().run(self.send, {"regions": drawn})
 
     def _receive(self, _: Any, message: Any, buffers: Any) -> None:
         if not isinstance(message, dict):
             return
-        if message.get("open"):
+        if opened := message.get("open"):
+            self._open[str(opened)] = copy_context()
             self.send({"whole": self._panel.html()})
+            return
+        if closed := message.get("closed"):
+            self._open.pop(str(closed), None)
             return
         self._panel.act(str(message.get("act", "")), str(message.get("key", "")), message.get("value"))
         self.send({"done": message.get("number")})

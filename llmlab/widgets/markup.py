@@ -42,7 +42,7 @@ def slider(label: str, act: str, low: float, high: float, value: float, *, step:
     bar = h(
         "input", type="range", min=low, max=high, step=step, value=value, aria_valuetext=text or None, **control(act)
     )
-    return h("label", f"{label} ", bar, " ", h("output", text or value), class_="live-only")
+    return h("label", f"{label} ", bar, " ", h("output", text or f"{value:g}"), class_="live-only")
 
 
 def checkbox(label: str, act: str, on: bool) -> Markup:

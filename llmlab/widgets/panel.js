@@ -4,41 +4,54 @@
 // forms when they are submitted. Python answers with the HTML of the regions that changed, then with {done: number}.
 // Attributes of the root tell tests what is going on: data-waiting (actions without an answer), data-latency (ms, last).
 
-const VALUED = "input, select, textarea";
+const TYPED = "textarea, input:not([type=range], [type=checkbox], [type=radio])";
+const SLOW = 600; // ms without an answer until the panel says that it waits
 
 function render({ model, el }) {
   const cleanup = new AbortController();
+  const view = Math.random().toString(36).slice(2); // several views share a model, and hear each other's answers
   const waiting = new Map();
   const moving = new Map(); // sliders and search fields: the newest value, sent when the last one is answered
+  const walked = new WeakMap(); // where the keyboard was in each data-walk
   let number = 0;
   let root;
 
   function show(html) {
-    const kept = remember();
-    el.innerHTML = html;
-    root = el.firstElementChild;
-    root.classList.add("live");
-    restore(kept);
-    tell();
+    const fresh = parse(html).firstElementChild;
+    fresh.classList.add("live");
+    fresh.dataset.lmSuppressShortcuts = "true"; // keys that a panel handles are not JupyterLab's shortcuts
+    redraw(() => {
+      if (root) update(root, fresh);
+      else el.replaceChildren((root = fresh));
+      tell();
+    });
   }
 
   function patch(regions) {
+    redraw(() => {
+      for (const [name, html] of Object.entries(regions)) {
+        const region = root.querySelector(`:scope > [data-region="${CSS.escape(name)}"]`);
+        if (region) morph(region, parse(html));
+      }
+    });
+  }
+
+  function redraw(change) {
     const kept = remember();
-    for (const [name, html] of Object.entries(regions)) {
-      const region = root.querySelector(`:scope > [data-region="${CSS.escape(name)}"]`);
-      if (region) region.innerHTML = html;
-    }
+    change();
+    settle();
     restore(kept);
   }
 
-  // What a redraw must not take away: the focus, text being typed, scrolled places, unfolded details.
+  // What a redraw must not take away where an element gave way to another: focus, typed text, scrolled places.
   function remember() {
     if (!root) return null;
     const active = root.contains(document.activeElement) ? document.activeElement : null;
-    const kept = { scrolled: [], open: [], typed: [] };
+    const kept = { active, scrolled: [], open: [], typed: [] };
     if (active) {
+      kept.region = active.closest("[data-region]");
       kept.focus = find(active);
-      kept.selection = "selectionStart" in active ? [active.selectionStart, active.selectionEnd] : null;
+      kept.selection = active.matches(TYPED) ? [active.selectionStart, active.selectionEnd] : null;
     }
     for (const field of root.querySelectorAll("[data-draft]")) kept.typed.push([field.dataset.draft, field.value]);
     for (const place of root.querySelectorAll("[data-scroll]")) {
@@ -51,22 +64,41 @@ function render({ model, el }) {
 
   function restore(kept) {
     if (!kept) return;
-    for (const [name, text] of kept.typed) each(`[data-draft="${CSS.escape(name)}"]`, (field) => (field.value = text));
-    for (const [name, open] of kept.open) each(`details[data-keep="${CSS.escape(name)}"]`, (fold) => (fold.open = open));
+    const each = (name, value, what) => root.querySelectorAll(`[${name}="${CSS.escape(value)}"]`).forEach(what);
+    for (const [name, text] of kept.typed) each("data-draft", name, (field) => field.value !== text && (field.value = text));
+    for (const [name, open] of kept.open) each("data-keep", name, (fold) => (fold.open = open));
     for (const [name, top, left, end] of kept.scrolled) {
-      each(`[data-scroll="${CSS.escape(name)}"]`, (place) => place.scrollTo(left, end ? place.scrollHeight : top));
+      each("data-scroll", name, (place) => place.scrollTo(left, end ? place.scrollHeight : top));
     }
-    if (kept.focus && !root.contains(document.activeElement)) {
-      const again = root.querySelector(kept.focus);
-      if (!again) return;
+    const { active, region } = kept;
+    if (!active || (root.contains(active) && document.activeElement === active && !active.matches(":disabled"))) return;
+    const again = kept.focus && (root.contains(region) ? region : root).querySelector(kept.focus);
+    if (again && !again.matches(":disabled")) {
       again.focus({ preventScroll: true });
-      // A number or range field has no selection, and says so with an exception.
+      // A number field has no selection, and says so with an exception.
       if (kept.selection && kept.selection[0] !== null) again.setSelectionRange(...kept.selection);
+    } else {
+      const place = root.contains(region) ? region : root;
+      place.tabIndex = -1; // so that Tab goes on from here
+      place.focus({ preventScroll: true });
     }
   }
 
-  function each(selector, what) {
-    for (const found of root.querySelectorAll(selector)) what(found);
+  // Controls show what Python says, whatever was done to them; but not while someone types or drags.
+  function settle() {
+    for (const control of root.querySelectorAll("[data-act]")) {
+      const busy = control === document.activeElement && control.matches(TYPED);
+      if (control.type === "checkbox") control.checked = control.defaultChecked;
+      else if (control.type === "range" && !moving.has(find(control))) control.value = control.defaultValue;
+      else if (control.matches("input[type=number]") && !busy) control.value = control.defaultValue;
+      else if (control.matches("select")) for (const option of control.options) if (option.defaultSelected) option.selected = true;
+    }
+    // A tree or a row of buttons is one stop of the Tab key; arrow keys walk in it.
+    for (const place of root.querySelectorAll("[data-walk]")) {
+      const all = stops(place);
+      const here = all.find((stop) => stop === walked.get(place)) ?? all.find((stop) => stop.matches("[aria-selected=true], [aria-current]")) ?? all[0];
+      for (const stop of all) stop.tabIndex = stop === here ? 0 : -1;
+    }
   }
 
   function find(element) {
@@ -77,20 +109,20 @@ function render({ model, el }) {
   }
 
   function send(act, key, value) {
-    waiting.set(++number, performance.now());
-    model.send({ act, key: key ?? "", value, number });
+    const name = `${view}.${++number}`;
+    waiting.set(name, performance.now());
+    setTimeout(tell, SLOW);
+    model.send({ act, key: key ?? "", value, number: name });
     tell();
+    return name;
   }
 
   function sendNewest(control, value) {
+    const { act, key } = control.dataset;
     const name = find(control);
     const known = moving.get(name);
-    if (known && waiting.has(known.number)) {
-      moving.set(name, { ...known, act: control.dataset.act, key: control.dataset.key, value, again: true });
-    } else {
-      send(control.dataset.act, control.dataset.key, value);
-      moving.set(name, { number });
-    }
+    if (known) moving.set(name, { number: known.number, act, key, value, again: true });
+    else moving.set(name, { number: send(act, key, value) });
   }
 
   function answered(done) {
@@ -101,22 +133,17 @@ function render({ model, el }) {
     for (const [name, last] of moving) {
       if (last.number !== done) continue;
       moving.delete(name);
-      if (last.again) {
-        send(last.act, last.key, last.value);
-        moving.set(name, { number });
-      }
+      if (last.again) moving.set(name, { number: send(last.act, last.key, last.value) });
+      else settle();
     }
     tell();
   }
 
   function tell() {
-    if (root) root.dataset.waiting = waiting.size;
-  }
-
-  function valueOf(control) {
-    if (control.type === "checkbox") return control.checked;
-    if (control.type === "range" || control.type === "number") return Number(control.value);
-    return control.value;
+    if (!root) return;
+    root.dataset.waiting = waiting.size;
+    const [oldest] = waiting.values();
+    root.toggleAttribute("data-slow", oldest !== undefined && performance.now() - oldest >= SLOW - 20);
   }
 
   function copy(text, button) {
@@ -139,25 +166,26 @@ function render({ model, el }) {
     else byHand();
   }
 
-  // Arrow keys walk over the controls of a [data-walk] element, Home and End go to its ends; → and ← unfold and fold.
+  // Arrow keys walk over the controls of a [data-walk] element, Home and End go to its ends; → and ← unfold and fold, or
+  // go to the first child and to the parent.
   function walk(event) {
     const place = event.target.closest("[data-walk]");
     if (!place || event.target.matches(VALUED)) return;
-    const stops = [...place.querySelectorAll("[data-act]:not(:disabled), summary")].filter((e) => e.offsetParent || e.ownerSVGElement);
-    const here = stops.indexOf(event.target);
+    const all = stops(place);
+    const here = all.indexOf(event.target);
+    if (here < 0) return;
     const flat = place.dataset.walk === "row";
-    const ahead = flat ? "ArrowRight" : "ArrowDown";
-    const back = flat ? "ArrowLeft" : "ArrowUp";
-    const goal = { [ahead]: here + 1, [back]: here - 1, Home: 0, End: stops.length - 1 }[event.key];
-    if (here >= 0 && goal !== undefined) {
+    const level = (stop) => Number(stop?.getAttribute("aria-level") ?? NaN);
+    const open = event.target.getAttribute("aria-expanded");
+    let goal = { [flat ? "ArrowRight" : "ArrowDown"]: here + 1, [flat ? "ArrowLeft" : "ArrowUp"]: here - 1, Home: 0, End: all.length - 1 }[event.key];
+    if (!flat && event.key === "ArrowRight" && open === "true" && level(all[here + 1]) > level(all[here])) goal = here + 1;
+    if (!flat && event.key === "ArrowLeft" && open !== "true") goal = all.findLastIndex((stop, n) => n < here && level(stop) < level(all[here]));
+    if (goal !== undefined) {
       event.preventDefault();
-      stops[Math.max(0, Math.min(goal, stops.length - 1))].focus();
-    } else if (!flat && (event.key === "ArrowRight" || event.key === "ArrowLeft")) {
-      const open = event.target.getAttribute("aria-expanded");
-      if (open === (event.key === "ArrowRight" ? "false" : "true")) {
-        event.preventDefault();
-        event.target.click();
-      }
+      all[Math.max(0, Math.min(goal === -1 && event.key === "ArrowLeft" && !flat ? here : goal, all.length - 1))].focus();
+    } else if (!flat && open === { ArrowRight: "false", ArrowLeft: "true" }[event.key]) {
+      event.preventDefault();
+      event.target.dispatchEvent(new MouseEvent("click", { bubbles: true }));
     }
   }
 
@@ -181,16 +209,21 @@ function render({ model, el }) {
     const form = event.target.closest("form[data-act]");
     if (!form) return;
     const fields = Object.fromEntries([...form.elements].filter((e) => e.name).map((e) => [e.name, valueOf(e)]));
-    for (const field of form.querySelectorAll("[data-draft]")) if ("clears" in field.dataset) field.value = "";
+    for (const field of form.querySelectorAll("[data-clears]")) field.value = "";
     send(form.dataset.act, form.dataset.key, fields);
   });
+  on("focusin", (event) => {
+    const place = event.target.closest("[data-walk]");
+    if (!place) return;
+    walked.set(place, event.target);
+    for (const stop of stops(place)) stop.tabIndex = stop === event.target ? 0 : -1;
+  });
   on("keydown", (event) => {
-    // Keys that a panel handles are not JupyterLab's shortcuts.
     event.stopPropagation();
     if (event.target.matches("textarea[data-enter]") && event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
       event.target.form.requestSubmit();
-    } else if (event.target.matches("[data-act]:not(button, input, select, textarea, a)") && (event.key === "Enter" || event.key === " ")) {
+    } else if (event.target.matches("[data-act]:not(button, input, select, textarea, a, summary)") && (event.key === "Enter" || event.key === " ")) {
       event.preventDefault();
       event.target.dispatchEvent(new MouseEvent("click", { bubbles: true }));
     } else walk(event);
@@ -203,11 +236,28 @@ function render({ model, el }) {
   };
   model.on("msg:custom", receive);
   show(model.get("html"));
-  model.send({ open: true });
+  model.send({ open: view });
   return () => {
     cleanup.abort();
     model.off("msg:custom", receive);
+    model.send({ closed: view });
   };
+}
+
+function stops(place) {
+  return [...place.querySelectorAll("[data-act]:not(:disabled), summary")].filter((e) => !e.matches(VALUED) && (e.ownerSVGElement || e.checkVisibility()));
+}
+
+function valueOf(control) {
+  if (control.type === "checkbox") return control.checked;
+  if (control.type === "range" || control.type === "number") return Number(control.value);
+  return control.value;
+}
+
+function parse(html) {
+  const template = document.createElement("template");
+  template.innerHTML = html;
+  return template.content;
 }
 
 export default { render };
