@@ -7,6 +7,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from llmlab.notebook.export import without_live_views
+
 HERE = Path(__file__).parent
 
 
@@ -23,6 +25,7 @@ def save(path: Path) -> None:
         coalesce_streams=True,
     )
     client.execute()
+    without_live_views(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":  # a progress bar that has gone leaves an empty output
             cell.outputs = [o for o in cell.outputs if o.get("data") != {"text/plain": ""}]

@@ -1,4 +1,4 @@
-"""`llmlab notebook`: run notebooks as scripts."""
+"""`llmlab notebook`: run notebooks as scripts, and make pages of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import typer
 from llmlab.cli.one_line import OneLineErrors
 
 app = typer.Typer(
-    cls=OneLineErrors, help="Run notebooks as scripts.", no_args_is_help=True, rich_markup_mode="markdown"
+    cls=OneLineErrors,
+    help="Run notebooks as scripts, and make pages of them.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
 )
 
 
@@ -63,6 +66,22 @@ def run(
     run_notebook(notebook, given, save=save, tell=lambda line: print(line, flush=True))
     if output is not None and not (output / MANIFEST).is_file():
         raise InputError(f"{notebook.name} ran, and wrote no engine to {output}: does it use its parameter `output`?")
+
+
+@app.command()
+def export(
+    notebook: Annotated[Path, typer.Argument(help="An `.ipynb` file that was saved with its outputs.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The page.", show_default="beside the notebook")
+    ] = None,
+) -> None:
+    """Write a notebook as one page of HTML that needs no network.
+
+    **Example:** `llmlab notebook export notebooks/01_checkpoint_to_engine.ipynb -o walk.html`
+    """
+    from llmlab.notebook.export import export_html
+
+    print(export_html(notebook, output))
 
 
 def _parameter(given: str) -> tuple[str, Any]:

@@ -38,7 +38,7 @@ def run_notebook(
     source = Path(path)
     given = dict(parameters or {})
     with tempfile.TemporaryDirectory(prefix="llmlab-notebook-") as folder:
-        opened = _as_ipynb(source, Path(folder))
+        opened = as_ipynb(source, Path(folder))
         _check(source, given, papermill.inspect_notebook(str(opened)))
         result = Path(folder) / "executed.ipynb"
         engine = _engine(papermill, tell or (lambda line: None))
@@ -62,11 +62,11 @@ def notebook_parameters(path: str | Path) -> dict[str, str]:
     """What a notebook's `parameters` cell assigns: names with their values as text."""
     papermill = require("papermill", "notebook")
     with tempfile.TemporaryDirectory(prefix="llmlab-notebook-") as folder:
-        found = papermill.inspect_notebook(str(_as_ipynb(Path(path), Path(folder))))
+        found = papermill.inspect_notebook(str(as_ipynb(Path(path), Path(folder))))
     return {name: str(entry["default"]) for name, entry in found.items()}
 
 
-def _as_ipynb(source: Path, folder: Path) -> Path:
+def as_ipynb(source: Path, folder: Path) -> Path:
     """A copy of a notebook that papermill can open. Raises InputError."""
     if source.suffix not in _SUFFIXES or not source.is_file():
         raise InputError(f"{source}: no such notebook; expected an .ipynb file, or the .py of one")
