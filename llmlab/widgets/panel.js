@@ -2,6 +2,8 @@
 //
 // Every element with data-act sends {act, key, value}: buttons and rows on a click, what has a value when that changes,
 // forms when they are submitted. Python answers with the HTML of the regions that changed, then with {done: number}.
+// Attributes that panels use: data-draft (typed text stays), data-clears, data-enter, data-scroll (the place stays; with
+// data-follow its end), data-reveal (scrolled to once), details[data-keep], data-walk (arrow keys: column or row), data-copy.
 // Attributes of the root tell tests what is going on: data-waiting (actions without an answer), data-latency (ms, last).
 
 const TYPED = "textarea, input:not([type=range], [type=checkbox], [type=radio])";
@@ -15,6 +17,7 @@ function render({ model, el }) {
   const walked = new WeakMap(); // where the keyboard was in each data-walk
   let number = 0;
   let root;
+  let revealed; // the newest [data-reveal], which is scrolled to once
 
   function show(html) {
     const fresh = parse(html).firstElementChild;
@@ -41,6 +44,7 @@ function render({ model, el }) {
     change();
     settle();
     restore(kept);
+    reveal();
   }
 
   // What a redraw must not take away where an element gave way to another: focus, typed text, scrolled places.
@@ -81,6 +85,16 @@ function render({ model, el }) {
       const place = root.contains(region) ? region : root;
       place.tabIndex = -1; // so that Tab goes on from here
       place.focus({ preventScroll: true });
+    }
+  }
+
+  function reveal() {
+    for (const goal of root.querySelectorAll("[data-scroll] [data-reveal]")) {
+      if (goal.dataset.reveal === revealed) continue;
+      revealed = goal.dataset.reveal;
+      const place = goal.closest("[data-scroll]");
+      const [here, room] = [goal.getBoundingClientRect(), place.getBoundingClientRect()];
+      if (here.top < room.top || here.bottom > room.bottom) place.scrollTop += here.top - room.top - room.height / 3;
     }
   }
 
