@@ -39,7 +39,8 @@ def compile_job(job: Mapping[str, Any]) -> dict[str, Any]:
     target = require("triton.backends.compiler", "tensorrt").GPUTarget("cuda", job["architecture"], 32)
     names: list[str] = function.arg_names
     for constants, options in smaller(job["constants"], job["options"]):
-        early = {"EARLY": job["architecture"] >= _EARLY_SINCE} if "EARLY" in names else {}
+        asked = constants.get("EARLY", True)
+        early = {"EARLY": asked and job["architecture"] >= _EARLY_SINCE} if "EARLY" in names else {}
         fixed = {**constants, **early, **{n: None for n in job["null"] if n in names}}
         signature = {n: "constexpr" if n in fixed else job["types"][n] for n in names}
         hints = [n for n in job["aligned"] if n in names and n not in fixed]

@@ -34,7 +34,8 @@ def product_source(kind: ProductKind, name: str, launch: Launch) -> KernelSource
     aligned = ("x", "weight", "scale", "bias", "add", "out", "depth", "x_stride")
     hints = (*aligned, "width") if labels["ALIGNED_WIDTH"] else aligned
     function = f"llmlab.kernels.gpu.product:{name}"
-    return KernelSource(function, types, launch.constants, launch.options, null, hints, labels)
+    late = {"EARLY": False} if kind.x and name == "product_rows" else {}  # x is made int8 just before
+    return KernelSource(function, types, {**launch.constants, **late}, launch.options, null, hints, labels)
 
 
 def _widen_source(kind: ProductKind) -> KernelSource:

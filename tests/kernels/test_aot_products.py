@@ -162,10 +162,10 @@ def test_addresses_that_the_kernels_would_misread_are_refused(launched: Launched
 
 
 def test_what_an_engine_lacks_is_said(launched: Launched) -> None:
-    product = launched.product(HALF, 16)
-    launched.enqueue(product, 16)
-    with pytest.raises(EngineError, match="17 rows in an engine whose kernels are for 16: build it for larger steps"):
-        product.enqueue(77, POINTERS, rows=17)
+    product = launched.product(HALF, 64)
+    launched.enqueue(product, 64)
+    with pytest.raises(EngineError, match="65 rows in an engine whose kernels are for 64: build it for larger steps"):
+        product.enqueue(77, POINTERS, rows=65)
     with pytest.raises(EngineError, match="no kernel product_rows with BITS=8"):
         Product(launched.kernels, launched.device, INT8)
 

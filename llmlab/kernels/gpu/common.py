@@ -24,14 +24,6 @@ def start_early(EARLY: tl.constexpr):
 
 
 @triton.jit
-def prefetch(lines):
-    """Have the 128 bytes at each of these addresses brought into the L2 cache; for what no kernel writes, before waiting for one."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def find_sequence(query_start, tile, num_seqs, TILE: tl.constexpr):
     """The sequence whose query tiles `tile` belongs to, where sequence b's first tile is query_start[b] // TILE + b.
 

@@ -7,7 +7,7 @@ Weights of 8 and 4 bits beside x of 16 bits are read as words of 16 bits, of sev
 from __future__ import annotations
 
 from llmlab.errors import require
-from llmlab.kernels.gpu.common import prefetch, start_early
+from llmlab.kernels.gpu.common import start_early
 from llmlab.kernels.gpu.words import add_four, unpacked
 
 triton = require("triton", "tensorrt")
@@ -79,12 +79,6 @@ def product_rows(
     X_PLACES: tl.constexpr = PLACES if INTEGERS else 1
     sums = (tl.zeros([THREADS, WORDS], tl.int32 if INTEGERS else tl.float32),) * (ROWS * COLUMNS * HALVES)
     thread = tl.arange(0, THREADS)
-    if EARLY:
-        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
-        length = depth // (WORDS * PLACES) * WORDS
-        for c in tl.static_range(COLUMNS * HALVES):
-            row = (tl.minimum(first + c // HALVES, width - 1) + (c % HALVES) * width).to(tl.int64)
-            prefetch(weight + row * length + tl.minimum(thread * LINE, length - 1))
     start_early(EARLY)
     for start in range(0, depth, THREADS * WORDS * PLACES):
         at = start + thread * (WORDS * PLACES)
@@ -200,12 +194,6 @@ def product_tiles(
     length = depth if TILES == 1 else depth // (8 * TILES) * 8  # of a line of W; so written, its alignment is known
     lines = weight + output[:, None] * length + place[None]
     others = lines + width.to(tl.int64) * length
-    if EARLY:
-        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
-        ahead = tl.minimum(tl.arange(0, 4) * LINE, length - 1)
-        prefetch(weight + output[:, None] * length + ahead[None])
-        if GATE != "":
-            prefetch(weight + (output + width.to(tl.int64))[:, None] * length + ahead[None])
     start_early(EARLY)
     value = tl.zeros(SHAPE, tl.int32 if INTEGERS else tl.float32)
     other = value

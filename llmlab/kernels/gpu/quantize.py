@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from llmlab.errors import require
-from llmlab.kernels.gpu.common import start_early
 
 triton = require("triton", "tensorrt")
 tl = require("triton.language", "tensorrt")
@@ -21,18 +20,21 @@ def quantize_rows(
     x_stride,
     BLOCK: tl.constexpr,  # power of two, at least depth
     STATIC: tl.constexpr,
-    EARLY: tl.constexpr = False,  # see `start_early`
 ):
-    """Grid (rows). A row of zeros has scale 1; one that holds NaN or infinity has NaN."""
-    start_early(EARLY)
+    """Grid (rows). A row of nothing above 1e-30 has scale 1; one that holds NaN or infinity has NaN."""
     row, at = tl.program_id(0), tl.arange(0, BLOCK)
     line = tl.load(x + row.to(tl.int64) * x_stride + at, mask=at < depth, other=0.0).to(tl.float32)
     if STATIC:
         s = tl.load(given) + 0 * tl.sum(line, 0)
     else:
-        s = tl.max(tl.abs(line), 0) * (1 / 127)
-        s = tl.where(s == 0, 1.0, s) + 0 * tl.sum(line, 0)
-    whole = (tl.div_rn(line, s) + ROUND) - ROUND  # rounded as NumPy divides, so that no number lands one off
+        most = tl.max(tl.abs(line), 0)
+        s = tl.where(most < 1e-30, 1.0, tl.div_rn(most, 127.0)) + 0 * tl.sum(line, 0)
+    inverse = tl.div_rn(1.0, s)
+    near = line * inverse
+    exact = tl.fma(
+        tl.fma(-near, s, line), inverse, near
+    )  # line / s as it is rounded (Markstein 1990), in three operations
+    whole = (exact + ROUND) - ROUND
     whole = tl.minimum(tl.maximum(whole, -127.0), 127.0)
     tl.store(values + row.to(tl.int64) * depth + at, whole.to(tl.int8), mask=at < depth)
     tl.store(scale + row, s)
