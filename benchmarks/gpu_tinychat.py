@@ -7,8 +7,8 @@
 `prepare` puts into FOLDER what the machine with the GPU may lack the means to make: the serving graph, the compiled kernels,
 the logits of the ONNX Runtime fp32 engine (of the quantized graph, with --quantize) and its exact match on held-out prompts. `run` builds an fp16 engine there and
 compares: logits of ragged, chunked and preempted steps (bound: 2e-2 of the largest logit; a step whose positions are shifted
-must exceed it. Where activations are rounded, others of them round up in fp16 than in fp32: there the mean error of a step must be less than
-half of the shifted one's), exact match on the same prompts (within 0.5 points), then requests that come at random and are cancelled at
+must exceed it. Where activations or the KV cache
+are rounded, others of their numbers round up in fp16 than in fp32: there the mean error of a step must be less than half of the shifted one's), exact match on the same prompts (within 0.5 points), then requests that come at random and are cancelled at
 random (every block given back, no memory growth). Exits with 1 if any of these fails.
 """
 
@@ -128,7 +128,8 @@ def ragged(tokens: list[np.ndarray], table: np.ndarray, seed: int = 0) -> list[t
 
 
 def check_logits(engine: ll.Engine, reference: list[np.ndarray]) -> dict[str, Any]:
-    rounds = bool(engine.manifest.recipe) and Recipe.parse(engine.manifest.recipe).activations is not None
+    recipe = Recipe.parse(engine.manifest.recipe) if engine.manifest.recipe else Recipe()
+    rounds = recipe.activations is not None or recipe.kv_cache is not None
     backend = engine.backend(max_num_seqs=64)
     tokens = prompts(engine.path, SEQUENCES, TOKENS)
     width = backend.limits.max_blocks_per_seq
