@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from llmlab.widgets.chat.panel import chat as chat
     from llmlab.widgets.explorer.explorer import explore as explore
     from llmlab.widgets.monitor.panel import monitor as monitor
+    from llmlab.widgets.inspect import inspect as inspect
 
 _HOME = {
     "export": "llmlab.graph.export",
@@ -76,6 +77,7 @@ _HOME = {
     "LLM": "llmlab.runtime.llm",
     "AsyncLLM": "llmlab.runtime.async_llm",
     "SamplingParams": "llmlab.runtime.params",
+    "inspect": "llmlab.widgets.inspect",
     "diff": "llmlab.graph.reports.diff",
     "GraphDiff": "llmlab.graph.reports.diff",
     "register_pass": "llmlab.graph.optimize",
@@ -113,6 +115,7 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "layers",
     "watch_build",
     "bench",
+    "inspect",
     "diff",
     "GraphDiff",
     "register_pass",

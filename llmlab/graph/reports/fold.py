@@ -19,6 +19,8 @@ class Folded:
     texts: tuple[str, ...]
     """The row, with the numbers of all layers where one row had the number of its own."""
     count: int
+    first: int = 0
+    """Which of the rows, from 0, was the first of them."""
 
     @property
     def times(self) -> str:
@@ -50,13 +52,15 @@ def natural(text: str) -> list[tuple[int, str]]:
 def fold(rows: Iterable[tuple[str, ...]]) -> list[Folded]:
     """Rows of text, those that are alike but for the number of the layer in their first text as one."""
     groups: dict[tuple[str, ...], list[int]] = {}
-    for row in rows:
+    first: dict[tuple[str, ...], int] = {}
+    for at, row in enumerate(rows):
         layer = _NUMBERED.search(row[0])
         number = int(layer.group(2)) if layer else 0
         alike = tuple(_relative(text, number) for text in row) if layer else row
         groups.setdefault(alike, []).append(number)
+        first.setdefault(alike, at)
     return [
-        Folded(tuple(_absolute(text, sorted(set(numbers))) for text in alike), len(numbers))
+        Folded(tuple(_absolute(text, sorted(set(numbers))) for text in alike), len(numbers), first[alike])
         for alike, numbers in groups.items()
     ]
 
@@ -66,10 +70,10 @@ def _relative(text: str, number: int) -> str:
 
 
 def _absolute(text: str, numbers: Sequence[int]) -> str:
-    return _OFFSET.sub(lambda m: "." + _ranges([n + int(m[1]) for n in numbers]), text)
+    return _OFFSET.sub(lambda m: "." + ranges([n + int(m[1]) for n in numbers]), text)
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers as text: `0–3, 7`, or `0, 2, 4, …, 28` where there are many."""
     parts: list[list[int]] = []
     for number in numbers:

@@ -34,7 +34,7 @@ class Snapshot(NamedTuple):
 
 def snapshot(graph: gs.Graph) -> Snapshot:
     """The graph as it is now. Weights are named, not read."""
-    names = _node_names(graph)
+    names = node_names(graph)
     labels: dict[int, str] = {}
     weights: dict[str, str] = {}
 
@@ -42,24 +42,24 @@ def snapshot(graph: gs.Graph) -> Snapshot:
         if id(tensor) not in labels:
             labels[id(tensor)] = text = _label(tensor, names)
             if text == tensor.name and isinstance(tensor, gs.Constant):
-                weights[text] = _kind(tensor)
+                weights[text] = kind_of(tensor)
         return labels[id(tensor)]
 
     nodes = {
         names[id(node)]: NodeFacts(
             f"{node.domain}::{node.op}" if node.domain else node.op,
             tuple(map(label, node.inputs)),
-            tuple(map(_kind, node.outputs)),
-            tuple((key, _attribute(value)) for key, value in sorted(node.attrs.items())),
+            tuple(map(kind_of, node.outputs)),
+            tuple((key, attribute_text(value)) for key, value in sorted(node.attrs.items())),
         )
         for node in graph.nodes
     }
-    ports = {f"input {t.name}": _kind(t) for t in graph.inputs}
-    ports |= {f"output {t.name}": f"{_kind(t)} of {label(t)}" for t in graph.outputs}
+    ports = {f"input {t.name}": kind_of(t) for t in graph.inputs}
+    ports |= {f"output {t.name}": f"{kind_of(t)} of {label(t)}" for t in graph.outputs}
     return Snapshot(nodes, weights, ports)
 
 
-def _node_names(graph: gs.Graph) -> dict[int, str]:
+def node_names(graph: gs.Graph) -> dict[int, str]:
     """A name for each node; a graph from elsewhere may have nodes of the same name, or of none."""
     names: dict[int, str] = {}
     taken: set[str] = set()
@@ -90,7 +90,7 @@ def _label(tensor: gs.Tensor, names: dict[int, str]) -> str:
     return f"{name}:{next(i for i, out in enumerate(maker.outputs) if out is tensor)}"
 
 
-def _kind(tensor: gs.Tensor) -> str:
+def kind_of(tensor: gs.Tensor) -> str:
     """`float32[T, 64]`; a type or a shape that isn't known is a question mark."""
     dtype, shape = tensor.dtype, tensor.shape
     kind = "?" if dtype is None else _element_type(dtype)
@@ -108,12 +108,12 @@ def _element_type(dtype: Any) -> str:
 _TYPES: dict[Any, str] = {}
 
 
-def _attribute(value: Any) -> str:
+def attribute_text(value: Any) -> str:
     """An attribute as text; a long one by its beginning and a checksum, so that a difference is still seen."""
     if isinstance(value, gs.Graph):
         return f"graph of {len(value.nodes)} nodes ({zlib.crc32(repr(snapshot(value)).encode()):08x})"
     if isinstance(value, gs.Constant):
-        return f"{_kind(value)} {_array(value._values)}"
+        return f"{kind_of(value)} {_array(value._values)}"
     if isinstance(value, np.ndarray):
         return f"{value.dtype}{list(value.shape)} {_array(value)}"
     text = _sequence(value) if isinstance(value, (list, tuple)) else str(value)
@@ -121,7 +121,7 @@ def _attribute(value: Any) -> str:
 
 
 def _sequence(values: Sequence[Any]) -> str:
-    return "[" + ", ".join(map(_attribute, values)) + "]"
+    return "[" + ", ".join(map(attribute_text, values)) + "]"
 
 
 def _array(values: Any) -> str:

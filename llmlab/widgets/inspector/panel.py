@@ -1,0 +1,328 @@
+"""The inspector's state and what its controls do; `draw_*.py` beside it make HTML of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import onnx_graphsurgeon as gs
+from markupsafe import Markup
+
+from llmlab.errors import InputError, nearest
+from llmlab.graph.graph import Graph
+from llmlab.widgets.inspector import draw_bar, draw_block, draw_details, draw_tree
+from llmlab.widgets.inspector.errors import weight_errors
+from llmlab.widgets.inspector.hierarchy import Fold, Group, Hierarchy, Leaf
+from llmlab.widgets.inspector.overlays import Overlay, error_overlay, overlays, time_overlay
+from llmlab.widgets.inspector.search import Hit, Index
+from llmlab.widgets.inspector.sizes import bytes_text, number_text
+from llmlab.widgets.inspector.values import Histogram, histogram, is_slow, sample, sample_quantized
+from llmlab.widgets.panel import Panel
+
+MOST_ROWS = 300
+"""Rows of the tree at a time; unfolding more folds what lies elsewhere."""
+
+
+class Inspector(Panel):
+    """A graph as a tree of layers, blocks and nodes, with a picture of what is unfolded, numbers on it, and search.
+
+    times: seconds by name of a node. reference: the graph before it was quantized, for the error of each weight.
+    """
+
+    regions = ("bar", "hits", "legend", "tree", "picture", "details")
+    name = "inspector"
+
+    def __init__(
+        self, graph: Graph, *, times: Mapping[str, float] | None = None, reference: Graph | None = None
+    ) -> None:
+        super().__init__()
+        self.graph, self.reference = graph, reference
+        kind = "quantized " if graph.recipe else ""
+        self.tree = Hierarchy(graph.surgeon, f"{kind}{graph.kind} {graph.config.model_type}")
+        self.leaves = list(self.tree.leaves.values())
+        self.index = Index(self.leaves)
+        self.context = 1024
+        self.overlays = overlays(self.leaves, self.context)
+        self.overlays["time"] = time_overlay(dict(times or {}))
+        missing = "" if reference is not None else "give the graph before: inspect(graph, reference=wide)"
+        self.overlays["error"] = error_overlay({}, missing)
+        self.overlay: Overlay = self.overlays["bytes"]
+        self.whole = 0.0
+        self.unfolded: set[str] = {""}
+        self.chosen: dict[str, int] = {}
+        self.group: Group = self.tree.root
+        self.leaf: Leaf | None = None
+        self.looked_at: int | None = None
+        self.histograms: list[tuple[str, Histogram]] = []
+        self.query = ""
+        self.hits: list[Hit] = []
+        self.found = 0
+        self.is_static = False
+        self.working = ""
+        self._stop = threading.Event()
+        self._worker: threading.Thread | None = None
+        self._weigh()
+
+    def title(self) -> str:
+        nodes = f"{len(self.leaves):,} node{'' if len(self.leaves) == 1 else 's'}"
+        sizes = (self.overlays["bytes"], bytes_text), (self.overlays["parameters"], number_text)
+        size, count = (text(overlay.of(self.leaves)) for overlay, text in sizes)
+        return f"{self.tree.root.label} graph: {nodes}, {count} parameters, {size}"
+
+    # What the tree shows
+
+    def member(self, fold: Fold) -> Group:
+        """The group that stands for a fold."""
+        return fold.members[min(self.chosen.get(fold.key, 0), len(fold.members) - 1)]
+
+    def rows(self) -> list[tuple[int, Group | Fold | Leaf]]:
+        """What is unfolded, with its depth, from top to bottom."""
+        shown: list[tuple[int, Group | Fold | Leaf]] = [(1, self.tree.root)]
+
+        def walk(group: Group, depth: int) -> None:
+            for row in group.rows:
+                shown.append((depth, row))
+                if isinstance(row, Fold) and self.is_unfolded(row):
+                    walk(self.member(row), depth + 1)
+
+        if "" in self.unfolded:
+            walk(self.tree.root, 2)
+        return shown
+
+    def is_unfolded(self, row: Group | Fold) -> bool:
+        return (row.key if isinstance(row, Fold) else row.path) in self.unfolded
+
+    def reveal(self, group: Group) -> None:
+        """Unfold what lies around `group`, and let it stand for its fold."""
+        around: set[str] = {""}
+        self.group, here = group, group
+        while here.parent is not None:
+            assert here.fold is not None
+            around.add(here.fold.key)
+            self.chosen[here.fold.key] = here.fold.members.index(here)
+            here = here.parent
+        self.unfolded |= around
+        if len(self.rows()) > MOST_ROWS:
+            self.unfolded = around
+
+    def find_group(self, path: str) -> Group:
+        if path not in self.tree.groups:
+            raise InputError(f"{path!r} is no part of this graph ({nearest(path, self.tree.groups)})")
+        return self.tree.groups[path]
+
+    def show(self, name: str) -> None:
+        """Show the node called `name`, or the layer, block or module of that path: what a click on it does."""
+        if name not in self.tree.leaves:
+            self.reveal(self.find_group(name))
+            self._pick(None)
+            return
+        leaf = self.tree.leaves[name]
+        assert leaf.parent is not None
+        self.reveal(leaf.parent)
+        self._pick(leaf)
+
+    def _pick(self, leaf: Leaf | None) -> None:
+        self.leaf, self.looked_at, self.histograms = leaf, None, []
+
+    # Actions
+
+    def on_open(self, key: str, value: Any) -> Iterable[str]:
+        """A group in the tree: unfold or fold it; it is what the picture shows."""
+        group = self.find_group(key)
+        fold_key = group.fold.key if group.fold is not None else ""
+        if fold_key in self.unfolded:
+            self.unfolded.discard(fold_key)
+            self.group = group
+        else:
+            self.reveal(group)
+        self._pick(None)
+        return ("tree", "picture", "details")
+
+    def on_enter(self, key: str, value: Any) -> Iterable[str]:
+        """A group in the picture, or in the path above it."""
+        self.reveal(self.find_group(key))
+        self._pick(None)
+        return ("tree", "picture", "details")
+
+    def on_member(self, key: str, value: Any) -> Iterable[str]:
+        """Another one of several alike groups."""
+        return self.on_enter(str(value), None)
+
+    def on_pick(self, key: str, value: Any) -> Iterable[str]:
+        """A node, wherever it is shown."""
+        if key not in self.tree.leaves:
+            raise InputError(f"{key!r} is no node of this graph ({nearest(key, self.tree.leaves)})")
+        self.show(key)
+        return ("tree", "picture", "details")
+
+    on_box = on_go = on_pick
+
+    def on_search(self, key: str, value: Any) -> Iterable[str]:
+        self.query = str(value or "")
+        self.hits, self.found = self.index.find(self.query)
+        return ("hits",)
+
+    def on_overlay(self, key: str, value: Any) -> Iterable[str] | None:
+        if value not in self.overlays:
+            raise InputError(f"no overlay {value!r}, expected one of: {', '.join(self.overlays)}")
+        self.overlay = self.overlays[value]
+        self._weigh()
+        if value == "error" and self.reference is not None and not self.overlay.values:
+            self._start(self._find_errors)
+        return ("bar", "legend", "tree", "picture", "details")
+
+    def on_context(self, key: str, value: Any) -> Iterable[str]:
+        """The context length, as a power of two."""
+        self.context = 2 ** max(0, min(int(value), 20))
+        self.overlays["flops"] = overlays(self.leaves, self.context)["flops"]
+        self.overlay = self.overlays[self.overlay.name]
+        self._weigh()
+        return ("legend", "tree", "picture", "details")
+
+    def on_look(self, key: str, value: Any) -> Iterable[str]:
+        """What is in the constant that is input `key` of the node."""
+        leaf, index = self.leaf, int(key) if key.isdecimal() else -1
+        tensor = leaf.node.inputs[index] if leaf is not None and 0 <= index < len(leaf.node.inputs) else None
+        if not isinstance(tensor, gs.Constant):
+            raise InputError(f"input {key!r} holds no weight: choose one that has a histogram")
+        self.looked_at, self.histograms = index, []
+        if is_slow(tensor):
+            self._start(self._look)
+        else:
+            self._look()
+        return ("details",)
+
+    def on_stop(self, key: str, value: Any) -> Iterable[str]:
+        self._stop.set()
+        return ("legend",)
+
+    # What takes longer
+
+    def _start(self, work: Any) -> None:
+        """Run `work` on a thread of its own; one at a time, the one before is stopped."""
+        self._stop.set()
+        self._stop = threading.Event()
+        self._worker = threading.Thread(target=work, daemon=True)
+        self._worker.start()
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until what runs in the background has ended."""
+        if self._worker is not None:
+            self._worker.join(timeout)
+
+    def _look(self) -> None:
+        with self.lock:
+            leaf, index = self.leaf, self.looked_at
+        if leaf is None or index is None:
+            return
+        found = draw_details.what_is_in(leaf, index)
+        made = []
+        for label, constant, weight in found:
+            total = int(constant._values.size if hasattr(constant._values, "size") else 0) or _count(constant)
+            numbers = sample_quantized(weight) if weight is not None else sample(constant)
+            made.append((label, histogram(numbers, total)))
+        with self.lock:
+            if (self.leaf, self.looked_at) == (leaf, index):
+                self.histograms = made
+        if threading.current_thread() is self._worker:
+            self.refresh("details")
+
+    def _find_errors(self) -> None:
+        stop, found, last = self._stop, {}, 0.0
+        assert self.reference is not None
+        for done, total, name, pair in weight_errors(self.leaves, self.reference):
+            if stop.is_set():
+                break
+            if pair is not None:
+                found[name] = pair
+            if time.monotonic() - last > 0.2:
+                self._errors(found, f"{done} of {total} weights compared", "")
+                last = time.monotonic()
+        missing = "" if found else "no quantized weight has a counterpart of its name and shape in the reference"
+        self._errors(found, "", missing)
+
+    def _errors(self, found: Mapping[str, tuple[float, float]], working: str, missing: str) -> None:
+        with self.lock:
+            self.working = working
+            self.overlays["error"] = error_overlay(dict(found), missing)
+            if self.overlay.name == "error":
+                self.overlay = self.overlays["error"]
+                self._weigh()
+        self.refresh("legend", "tree", "picture")
+
+    def _weigh(self) -> None:
+        """What a full bar means: the whole model, or for errors the largest."""
+        if self.overlay.name == "error":
+            self.whole = max((self.overlay.share([leaf], 1.0) for leaf in self.leaves), default=0.0)
+        else:
+            self.whole = self.overlay.of(self.leaves)
+
+    # Drawing
+
+    def static(self) -> str:
+        with self.lock:
+            self.is_static = True
+            try:
+                return super().static()
+            finally:
+                self.is_static = False
+
+    def draw_bar(self) -> Markup:
+        return draw_bar.bar(self)
+
+    def draw_hits(self) -> Markup:
+        return draw_bar.hits(self)
+
+    def draw_legend(self) -> Markup:
+        return draw_bar.legend(self)
+
+    def draw_tree(self) -> Markup:
+        return draw_tree.static_tree(self) if self.is_static else draw_tree.tree(self)
+
+    def draw_picture(self) -> Markup:
+        group = self.group
+        if self.is_static and group is self.tree.root:
+            group = draw_tree.typical_layer(self)
+        return draw_block.block(self, group)
+
+    def draw_details(self) -> Markup:
+        return draw_details.details(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layers and their blocks, alike ones as one, with the sum of each overlay."""
+
+        def part(row: Group | Fold, depth: int) -> dict[str, Any]:
+            group = self.member(row) if isinstance(row, Fold) else row
+            leaves = list(row.leaves)
+            entry: dict[str, Any] = {"path": group.path, "label": row.label, "nodes": len(leaves)}
+            entry["alike"] = len(row.members) if isinstance(row, Fold) else 1
+            for name, overlay in self.overlays.items():
+                if name not in ("precision", "error"):
+                    entry[name] = overlay.of(leaves)
+            if depth < 2:
+                entry["parts"] = [part(r, depth + 1) for r in group.rows if isinstance(r, Fold)]
+            return entry
+
+        shown = {"overlay": self.overlay.name, "context": self.context, "group": self.group.path}
+        return {**super().to_dict(), **shown, "tree": part(self.tree.root, 0)}
+
+    def __str__(self) -> str:
+        lines = [self.title()]
+        for row in self.tree.root.rows:
+            label = row.label + (f" (×{len(row.members)})" if isinstance(row, Fold) and len(row.members) > 1 else "")
+            leaves = [row] if isinstance(row, Leaf) else list(row.leaves)
+            nodes = f"{len(leaves):,} node{'' if len(leaves) == 1 else 's'}"
+            lines.append(f"  {label}: {nodes}, {self.overlays['bytes'].shown(leaves) or 'no weights'}")
+        return "\n".join(lines[:20])
+
+
+def _count(constant: gs.Constant) -> int:
+    total = 1
+    for size in constant.shape:
+        total *= int(size)
+    return total
