@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from llmlab.widgets.explorer.explorer import explore as explore
     from llmlab.widgets.monitor.panel import monitor as monitor
     from llmlab.widgets.inspect import inspect as inspect
+    from llmlab.widgets.stepper.panel import steps as steps
 
 _HOME = {
     "export": "llmlab.graph.export",
@@ -78,6 +79,7 @@ _HOME = {
     "AsyncLLM": "llmlab.runtime.async_llm",
     "SamplingParams": "llmlab.runtime.params",
     "inspect": "llmlab.widgets.inspect",
+    "steps": "llmlab.widgets.stepper.panel",
     "diff": "llmlab.graph.reports.diff",
     "GraphDiff": "llmlab.graph.reports.diff",
     "register_pass": "llmlab.graph.optimize",
@@ -116,6 +118,7 @@ __all__ = [  # noqa: RUF022 (in the order of the road)
     "watch_build",
     "bench",
     "inspect",
+    "steps",
     "diff",
     "GraphDiff",
     "register_pass",
@@ -160,7 +163,9 @@ class _Package(ModuleType):
     """Importing llmlab/build.py binds the module to `llmlab.build`; this keeps the function of that name there."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _HOME.get(name) == value.__name__:
+        if isinstance(value, ModuleType) and name in _HOME:
+            if _HOME[name] != value.__name__:
+                return  # llmlab/steps.py, which isn't where `llmlab.steps` comes from
             value = getattr(value, name)
         super().__setattr__(name, value)
 

@@ -18,6 +18,7 @@ from llmlab.graph.edit import Editor, sort_nodes
 from llmlab.graph.graph import Graph
 from llmlab.graph.reports.diff import compare
 from llmlab.graph.reports.report import NearMiss, PassReport, Rewrite
+from llmlab.graph.reports.sketch import sketches
 from llmlab.graph.reports.snapshot import Snapshot, snapshot
 
 
@@ -89,6 +90,7 @@ def run_pass(rule: Pass, graph: Graph, before: Snapshot | None = None) -> Snapsh
             raise PassError(f"pass {rule.name!r} failed in rewrite: {problem}") from problem
         after = snapshot(graph.surgeon)
     changes = compare(before, after)
+    rewritten = _with_removed(places, before, changes.removed)
     graph.history.append(
         PassReport(
             name=rule.name,
@@ -99,7 +101,8 @@ def run_pass(rule: Pass, graph: Graph, before: Snapshot | None = None) -> Snapsh
             nodes_before=len(before.nodes),
             nodes_after=len(after.nodes),
             diff=changes,
-            places=_with_removed(places, before, changes.removed),
+            places=rewritten,
+            sketches=sketches(rewritten, before, after) if rewritten else (),
             run=1 + sum(r.name == rule.name for r in graph.history),
             source=_source(type(rule)),
             weight_bytes_before=bytes_before,

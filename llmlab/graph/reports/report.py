@@ -14,6 +14,7 @@ from rich.text import Text
 from llmlab.graph.reports.diff import GraphDiff, number, text
 from llmlab.graph.reports.fold import Folded, fold, layer_of
 from llmlab.graph.reports.render import SIGNS, details, html_table, plain
+from llmlab.graph.reports.sketch import Sketch
 
 _WIDE = 90  # columns of a terminal from which on all of a history's numbers find room beside the names
 
@@ -67,6 +68,8 @@ class PassReport:
     """File and line of the pass's class, such as `llmlab/graph/passes/fuse_rope.py:21`; empty if there is no file."""
     weight_bytes_before: int = 0
     weight_bytes_after: int = 0
+    sketches: tuple[Sketch, ...] = field(default=(), repr=False)
+    """What some of the places looked like before and after."""
 
     @property
     def title(self) -> str:
@@ -86,6 +89,7 @@ class PassReport:
             **{name: getattr(self, name) for name in (*_TEXTS, *_NUMBERS, "seconds")},
             "near_misses": [{"node": m.node, "reason": m.reason} for m in self.near_misses],
             "places": [{"node": p.node, "added": list(p.added), "removed": list(p.removed)} for p in self.places],
+            "sketches": [sketch.to_dict() for sketch in self.sketches],
             "diff": self.diff.to_dict(),
         }
 
@@ -106,6 +110,7 @@ class PassReport:
                 Rewrite(text(p["node"]), tuple(map(text, p["added"])), tuple(map(text, p["removed"])))
                 for p in data.get("places", ())
             ),
+            sketches=tuple(Sketch.from_dict(s) for s in data.get("sketches", ())),
             diff=GraphDiff.from_dict(data["diff"]),
             seconds=seconds,
         )

@@ -22,6 +22,7 @@ from llmlab.graph.passes.simplify import RemoveNoOps
 from llmlab.graph.reports.diff import Change, GraphDiff
 from llmlab.graph.reports.fold import block_of, fold, layer_of, natural
 from llmlab.graph.reports.report import History, NearMiss, PassReport, Rewrite
+from llmlab.graph.reports.sketch import Sketch, SketchNode
 from llmlab.graph.rewrite import Match, Pass
 
 
@@ -200,6 +201,7 @@ diffs = st.builds(
     pairs,
 )
 names = st.lists(paths, max_size=3).map(tuple)
+drawn = st.lists(st.builds(SketchNode, paths, texts, names, names), max_size=2).map(tuple)
 reports = st.builds(
     PassReport,
     texts,
@@ -216,6 +218,7 @@ reports = st.builds(
     texts,
     st.integers(0, 1 << 60),
     st.integers(0, 1 << 60),
+    st.lists(st.builds(Sketch, paths, drawn, drawn, st.integers(0, 9)), max_size=2).map(tuple),
 )
 
 
@@ -237,7 +240,7 @@ def test_history_survives_save_and_load(store: Store, tmp_path: Path) -> None:
 
 def old(data: dict[str, Any]) -> dict[str, Any]:
     """A report as llmlab 0.1 wrote it."""
-    new = ("places", "run", "source", "weight_bytes_before", "weight_bytes_after")
+    new = ("places", "sketches", "run", "source", "weight_bytes_before", "weight_bytes_after")
     diff = {what: list(data["diff"][what]) for what in ("added", "removed", "changed")} | {"ops": data["diff"]["ops"]}
     return {key: value for key, value in data.items() if key not in new} | {"diff": diff}
 
@@ -268,6 +271,8 @@ def test_reports_of_the_last_version_are_read(store: Store) -> None:
         {"diff": {"added": {}, "removed": {}, "changed": {}, "ops": {"Add": "1"}}},
         {"diff": {"added": {}, "removed": {}, "changed": {}, "ops": {}, "weights": {"w": ["a"]}}},
         {"source": 3},
+        {"sketches": [{"node": "a", "before": [["a", "Add", [1], []]], "after": [], "left_out": 0}]},
+        {"sketches": [{"node": "a", "before": [], "after": []}]},
         {"run": None},
     ],
 )
