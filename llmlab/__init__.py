@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from llmlab.widgets.build_panel.panel import watch_build as watch_build
     from llmlab.widgets.chat.panel import chat as chat
     from llmlab.widgets.explorer.explorer import explore as explore
-    from llmlab.widgets.monitor.panel import monitor as monitor
     from llmlab.widgets.inspect import inspect as inspect
+    from llmlab.widgets.monitor.panel import monitor as monitor
     from llmlab.widgets.stepper.panel import steps as steps
 
 _HOME = {
