@@ -71,13 +71,9 @@ def build(
     """
     if not isinstance(graph, Graph) or graph.kind != "serving":
         raise InputError("expected a serving graph: pass what llmlab.optimize returned")
-    check_target(target)
+    check_target(target, accuracy_level, prefill)
     if target == "onnxruntime" and (config is not None or kernels is not None):
         raise InputError("config and kernels are for TensorRT: pass target='tensorrt' or 'tensorrt-rtx'")
-    if target != "onnxruntime" and (accuracy_level is not None or prefill is not None):
-        raise InputError("accuracy_level and prefill are for ONNX Runtime: pass target='onnxruntime'")
-    if prefill not in (None, "int8"):
-        raise InputError(f"prefill is {prefill!r}; available: int8")
     longest = graph.config.max_position_embeddings
     if max_seq_len is None and config is not None:
         max_seq_len = config.max_seq_len
@@ -126,10 +122,6 @@ def _onnxruntime(graph: Graph, limits: Limits, accuracy_level: int | None, prefi
     from llmlab.graph.lower.onnxruntime_int8 import for_many_rows
     from llmlab.graph.lower.origins import origins
 
-    if graph.activations != "float32":
-        raise InputError(
-            f"the graph is in {graph.activations}, and target onnxruntime computes in float32: build from one that wasn't converted, or for {', '.join(t for t in TARGETS if t != 'onnxruntime')}"
-        )
     begins("lowering the graph")
     capacity = slot_capacity(limits)
     level = DEFAULT_ACCURACY_LEVEL if accuracy_level is None else accuracy_level
@@ -152,7 +144,8 @@ def _onnxruntime(graph: Graph, limits: Limits, accuracy_level: int | None, prefi
         found = {model: origins(graph, part).to_dict() for (model, _), part in graphs.items()}
         write_json(work / ORIGINS, found)
 
-    return kv, "float32", None, Products(level, prefill or "") if quantized else None, write
+    half = "" if graph.activations == "float32" else f" rounded to {graph.activations}"
+    return kv, f"float32{half}", None, Products(level, prefill or "") if quantized else None, write
 
 
 def _tensorrt(graph: Graph, target: str, limits: Limits, config: BuildConfig, kernels: KernelSet | None) -> Parts:
@@ -200,10 +193,17 @@ def _write(
     return Engine(path, Manifest.read(path))
 
 
-def check_target(target: str) -> None:
-    """Raises InputError for a target that this llmlab can't build for."""
+def check_target(target: str, accuracy_level: int | None = None, prefill: str | None = None) -> None:
+    """Raises InputError for a target that this llmlab can't build for, and for options that it doesn't have."""
     if target not in TARGETS:
         raise InputError(f"target is {target!r}; available: {', '.join(TARGETS)}")
+    if target != "onnxruntime" and (accuracy_level is not None or prefill is not None):
+        raise InputError("accuracy_level and prefill are for ONNX Runtime: pass target='onnxruntime'")
+    from llmlab.graph.lower.onnxruntime_nbits import check_accuracy_level
+
+    check_accuracy_level(DEFAULT_ACCURACY_LEVEL if accuracy_level is None else accuracy_level)
+    if prefill not in (None, "int8"):
+        raise InputError(f"prefill is {prefill!r}; available: int8")
 
 
 def _size(name: str, given: int | None, default: int, most: int) -> int:

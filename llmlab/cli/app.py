@@ -121,6 +121,9 @@ def build(
     ] = None,
     quantize: options.Quantize = None,
     calibration: options.Calibration = None,
+    cache: options.Cache = None,
+    accuracy_level: options.AccuracyLevel = None,
+    prefill: options.Prefill = None,
     config: options.Config = None,
     weights_from: options.WeightsFrom = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -130,14 +133,17 @@ def build(
     """Build an engine: export, optimize and build in one go, or only what a graph folder still needs.
 
     **Examples:** `llmlab build tinychat -o engines/tinychat`, `llmlab build graphs/serving -o engines/mine`,
-    `llmlab build tinychat --quantize int4_rtn -o engines/int4`
+    `llmlab build tinychat --quantize int4_gptq --prefill int8 -o engines/int4`
     """
     import llmlab as ll
     from llmlab.build import check_target
     from llmlab.cli import show
+    from llmlab.errors import InputError
 
     show.check_output(output, force=force)
-    check_target(target)
+    check_target(target, accuracy_level, prefill)
+    if quantize is None and (calibration is not None or cache is not None):
+        raise InputError("--calibration and --cache go with --quantize")
     recipe = None if quantize is None else ll.Recipe.parse(quantize)
     with show.working("opening the source") as now:
         graph = serving_graph(
@@ -149,7 +155,7 @@ def build(
             max_seq_len=max_seq_len,
         )
     if recipe is not None:
-        graph = ll.quantize(graph, recipe, calibration)
+        graph = ll.quantize(graph, recipe, calibration, cache=cache)
     with show.working(f"building for {target}"):
         engine = ll.build(
             graph,
@@ -157,6 +163,8 @@ def build(
             target=target,
             max_seq_len=max_seq_len,
             max_tokens_per_step=max_tokens_per_step,
+            accuracy_level=accuracy_level,
+            prefill=prefill,
             overwrite=force,
         )
     show.engine(engine, as_json=as_json)

@@ -39,6 +39,27 @@ Calibration = Annotated[
         show_default="none",
     ),
 ]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder where a calibration keeps what it finds: the same command goes on where an interrupted one was.",
+        show_default="none",
+    ),
+]
+AccuracyLevel = Annotated[
+    int | None,
+    typer.Option(
+        help="For onnxruntime, products whose weights alone are quantized: 1 computes in float32; 4 rounds activations to int8 by blocks, several times faster.",
+        show_default="4",
+    ),
+]
+Prefill = Annotated[
+    str | None,
+    typer.Option(
+        help="For onnxruntime, `int8`: steps of many tokens multiply int8 by int8, the fastest; those weights are kept twice.",
+        show_default="as the weights are",
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(help="For an `.onnx` file: its model's config.json.", show_default="the one beside it"),

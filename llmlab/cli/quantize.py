@@ -46,6 +46,7 @@ def quantize(
     recipe: options.Recipe,
     output: options.Output,
     calibration: options.Calibration = None,
+    cache: options.Cache = None,
     seed: Annotated[int, typer.Option(help="Of what a method draws at random.")] = 0,
     config: options.Config = None,
     weights_from: options.WeightsFrom = None,
@@ -58,7 +59,7 @@ def quantize(
     Next: `llmlab build`.
 
     **Examples:** `llmlab quantize tinychat int4_rtn -o graphs/int4`,
-    `llmlab quantize graphs/serving int4_awq_g64+kv_int8 --calibration chats.jsonl -o graphs/int4`
+    `llmlab quantize graphs/serving int4_awq_g64+kv_int8 --calibration chats.jsonl --cache work -o graphs/int4`
     """
     import llmlab as ll
     from llmlab.cli import show
@@ -69,7 +70,7 @@ def quantize(
         graph = serving_graph(
             source, now, config=config, weights_from=weights_from, trust_remote_code=trust_remote_code
         )
-    graph = ll.quantize(graph, wanted, calibration, seed=seed)  # its bars go where the spinner was
+    graph = ll.quantize(graph, wanted, calibration, seed=seed, cache=cache)  # its bars go where the spinner was
     with show.working("rounding and writing the weights"):
         graph.save(output, overwrite=force)
     show.quantized(graph, output, as_json=as_json)

@@ -218,6 +218,7 @@ def engine(found: Engine, *, as_json: bool) -> None:
         "model": f"{config.model_type}, {config.num_layers} layers, vocabulary {config.vocab_size:,}",
         "target": f"{manifest.target}, {manifest.precision}",
         **({"quantized": manifest.recipe.get("name") or "as its manifest says"} if manifest.recipe else {}),
+        **({"products": str(manifest.products)} if manifest.products else {}),
         "limits": f"{manifest.limits.max_seq_len:,} tokens a sequence, {manifest.limits.max_tokens_per_step:,} a step",
         "KV cache": str(manifest.kv),
         "end of sequence": manifest.eos_token_ids or "none",

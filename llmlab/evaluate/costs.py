@@ -120,6 +120,9 @@ def check_price(price_per_hour: float | None) -> None:
 
 def unfit(manifest: Manifest) -> str:
     """Why the speed of this engine says nothing about its precision, if so."""
+    _, rounds, half = manifest.precision.partition(" rounded to ")
+    if rounds:
+        return f"{manifest.target} rounds to {half} exactly, and computes in float32"
     if manifest.kv.rounding:
         return (
             f"{manifest.target} keeps keys and values that are rounded to {manifest.kv.rounding} in {manifest.kv.dtype}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from llmlab.errors import InputError
 from llmlab.files import read_bytes
+from llmlab.text.jsonl import lines, parsed
 from llmlab.text.tokenizer import Tokenizer
 from llmlab.zoo.tasks import Example, examples
 
@@ -20,7 +20,7 @@ Data: TypeAlias = "str | Path | Sequence[Any]"
 """`"tinychat"` (the zoo's held-out chats), a .jsonl or .txt file, or a list of: texts; (prompt, answer) pairs; conversations
 (lists of messages); dicts with `text`, `prompt` and `answer`, or `messages`, and a `task` if wanted; lists of token ids."""
 
-_DATA_LIMIT = 256 << 20  # bytes of a data file
+_DATA_LIMIT = 256 << 20  # bytes of a .txt file
 _EXPECTED = (
     "expected a text, a (prompt, answer) pair, a list of messages or of token ids, or a dict with `text`, `prompt` and `answer`, "
     "or `messages`"
@@ -85,16 +85,10 @@ def _items(data: Data, count: int, seed: int) -> Iterator[Any]:
             raise InputError(
                 f"data is {str(data)!r}, expected 'tinychat', a .jsonl or .txt file, or a list: one text is [text]"
             )
-        text = read_bytes(path, InputError, _DATA_LIMIT).decode("utf-8", errors="replace")
         if path.suffix == ".txt":
-            yield text
+            yield read_bytes(path, InputError, _DATA_LIMIT).decode("utf-8", errors="replace")
             return
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError) as problem:
-                    raise InputError(f"{path}, line {number}: not valid JSON ({problem})") from problem
+        yield from (parsed(path, number, line) for number, line in lines(path))
         return
     if isinstance(data, Mapping) or not isinstance(data, Sequence):
         raise InputError(f"data is a {type(data).__name__}, expected 'tinychat', a .jsonl or .txt file, or a list")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmlab.errors import InputError
-from llmlab.files import open_regular
+from llmlab.text.jsonl import lines, parsed
 
 if TYPE_CHECKING:
     from llmlab.graph.graph import Graph
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
 SAMPLES, LENGTH = 128, 512
 LEAST_TOKENS = 256
 """A calibration set with fewer says nothing about a model."""
-_LINE_LIMIT = 1 << 20  # bytes of a line of a jsonl file
-_FILE_LIMIT = 4 << 30  # bytes of the file
 _TEXT_LIMIT = 16 << 20  # characters of one text
 _SPLIT = "tinychat"
 
@@ -44,8 +40,8 @@ def calibration_data(
     """At most `samples` sequences of at most `length` token ids.
 
     source: a list of texts, of chats (lists of messages, which go through the chat template), or of sequences of token ids;
-        the path of a .jsonl file whose lines hold `{"text": …}`, `{"messages": […]}` or a string; or "tinychat", the
-        calibration split of the zoo's tasks, which no training and no test sees.
+        the path of a .jsonl file whose lines hold `{"text": …}`, `{"messages": […]}`, `{"prompt": …, "answer": …}`, a string or token
+        ids; or "tinychat", the calibration split of the zoo's tasks, which no training and no test sees.
     tokenizer: what makes ids of texts and chats; not needed for ids.
     Longer sequences are cut into windows (what is left of the last one counts if it is half as long), and where there are too many, some
     are chosen by `seed`.
@@ -128,48 +124,35 @@ def _entries(source: Source, samples: int, rng: random.Random, seed: int) -> lis
 def _lines(path: Path, most: int, rng: random.Random) -> list[Any]:
     """Up to `most` entries of a jsonl file, each line as likely as any other, in the file's order."""
     kept: list[tuple[int, bytes]] = []
-    count = 0
-    try:
-        with open_regular(path) as file:
-            if (size := os.fstat(file.fileno()).st_size) > _FILE_LIMIT:
-                raise InputError(f"{path}: {size:,} bytes, more than the {_FILE_LIMIT:,} that such a file may have")
-            number = 0
-            while line := file.readline(_LINE_LIMIT + 1):
-                number += 1
-                if len(line) > _LINE_LIMIT:
-                    raise InputError(f"{path}, line {number}: more than {_LINE_LIMIT:,} bytes: split the text")
-                if not line.strip():
-                    continue
-                count += 1
-                if len(kept) < most:
-                    kept.append((number, line))
-                elif (place := rng.randrange(count)) < most:
-                    kept[place] = (number, line)
-    except (OSError, ValueError) as problem:
-        if isinstance(problem, InputError):
-            raise
-        raise InputError(f"{path}: can't be read ({getattr(problem, 'strerror', None) or problem})") from problem
-    return [_entry(line, f"{path}, line {number}") for number, line in sorted(kept)]
+    for count, line in enumerate(lines(path), 1):
+        if len(kept) < most:
+            kept.append(line)
+        elif (place := rng.randrange(count)) < most:
+            kept[place] = line
+    return [_entry(parsed(path, number, line), f"{path}, line {number}") for number, line in sorted(kept)]
 
 
-def _entry(line: bytes, where: str) -> Any:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as problem:
-        raise InputError(f"{where}: not valid JSON ({' '.join(str(problem).split())[:200]})") from problem
-    if isinstance(value, dict):
+def _entry(value: Any, where: str) -> Any:
+    """A text, a list of messages or a list of token ids, out of what a line of a file, or a caller, may say instead."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("prompt"), str) and isinstance(value.get("answer"), str):
+            pair = zip(("user", "assistant"), (value["prompt"], value["answer"]), strict=True)
+            return [{"role": role, "content": content} for role, content in pair]
         value = value.get("text", value.get("messages"))
-    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(m, dict) for m in value)):
+    chat = isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(m, Mapping) for m in value)
+    if isinstance(value, str) or chat or _are_ids(value):
         return value
-    raise InputError(f'{where}: expected {{"text": "…"}} or {{"messages": […]}}')
+    raise InputError(f'{where}: expected {{"text": "…"}}, {{"messages": […]}}, or a list of token ids')
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(type(i) is int for i in value)
 
 
 def _ids(entry: Any, place: int, tokenizer: Tokenizer | None) -> Ids:
     where = f"calibration sample {place}"
-    if isinstance(entry, Mapping) and "messages" in entry:
-        entry = entry["messages"]
-    elif isinstance(entry, Mapping) and "text" in entry:
-        entry = entry["text"]
+    if isinstance(entry, Mapping):
+        entry = _entry(entry, where)
     text = isinstance(entry, str)
     chat = isinstance(entry, (list, tuple)) and len(entry) > 0 and isinstance(entry[0], Mapping)
     if not text and not chat:

@@ -113,10 +113,8 @@ class Engine:
             "limits": f"{m.limits.max_seq_len:,} tokens a sequence, {m.limits.max_tokens_per_step:,} new tokens a step",
             "KV cache": str(m.kv),
         }
-        if (p := m.products) is not None:
-            facts["products"] = f"accuracy level {p.accuracy_level}" + (
-                f", prefill in {p.prefill}" if p.prefill else ""
-            )
+        if m.products is not None:
+            facts["products"] = m.products
         if (c := m.compiled) is not None:
             gpus = ", ".join(f"{major}.{minor}" for major, minor in c.compute_capabilities)
             facts["compiled"] = (

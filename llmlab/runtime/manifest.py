@@ -101,6 +101,9 @@ class Products:
     prefill: str = ""
     """int8: steps of many tokens round activations by rows and the weights again by channels, in a model of their own."""
 
+    def __str__(self) -> str:
+        return f"accuracy level {self.accuracy_level}" + (f", prefill in {self.prefill}" if self.prefill else "")
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any] | None) -> Products | None:
         """What `asdict` gave; None where there are none. Raises KeyError, TypeError or ValueError for anything else."""

@@ -1,4 +1,4 @@
-"""Text to token ids and back: the tokenizer that comes with a model, and its chat template, which is treated as hostile.
+"""Text to token ids and back: the tokenizer that comes with a model, and its chat template, which is treated as hostile; files of texts.
 
-Imports only `errors`; the runtime and calibration read it.
+Imports only `errors` and `files`; the runtime, calibration and evaluation read it.
 """

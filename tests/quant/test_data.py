@@ -54,12 +54,17 @@ def test_long_texts_are_cut_and_many_are_chosen_from_by_seed(tokenizer: Tokenize
     assert data_key(few[0]) == data_key(few[1]) != data_key(few[2])
 
 
-def test_a_jsonl_file_in_its_three_spellings(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_jsonl_file_in_all_spellings(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     lines = [json.dumps({"text": TEXTS[0]}), "", json.dumps({"messages": CHATS[0]}), json.dumps(TEXTS[1])]
     path.write_text("\n".join(lines))
     assert data_key(calibration_data(path, tokenizer)) == data_key(
         calibration_data([TEXTS[0], CHATS[0], TEXTS[1]], tokenizer)
+    )
+    path.write_text('{"prompt": "How many?", "answer": "Seven."}\n' * 40 + "[5, 6, 7]\n")
+    pair = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Seven."}]
+    assert data_key(calibration_data(path, tokenizer)) == data_key(
+        calibration_data([pair] * 40 + [[5, 6, 7]], tokenizer)
     )
     path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS * 20))
     some = [calibration_data(str(path), tokenizer, samples=8, seed=seed) for seed in (3, 3, 4)]
@@ -73,7 +78,8 @@ def test_a_jsonl_file_in_its_three_spellings(tokenizer: Tokenizer, tmp_path: Pat
         (b"\xff\xfe", "line 2: not valid JSON"),
         (b"[" * 200_000, "line 2: not valid JSON"),
         (b'{"prompt": "x"}', r'line 2: expected {"text": "…"}'),
-        (b"[1, 2]", "line 2: expected"),
+        (b'[1, "2"]', "line 2: expected"),
+        (b"[]", "line 2: expected"),
         (b'"' + b"x" * (1 << 20) + b'"', "line 2: more than 1,048,576 bytes"),
     ],
 )
@@ -103,7 +109,7 @@ def test_files_that_are_none(tokenizer: Tokenizer, tmp_path: Path) -> None:
         ([[0.5] * 300], "calibration sample 0 is a list, expected a text"),
         ([["a", "b"]], "calibration sample 0 is a list"),
         ([[1, [2]]], "calibration sample 0 is a list"),
-        ([{"role": "user"}], "calibration sample 0 is a dict"),
+        ([{"role": "user"}], r'calibration sample 0: expected {"text": "…"}'),
         ([[{"role": "nobody", "content": "x"}]], "calibration sample 0: the chat template refuses"),
         ([["\ud800" * 300]], "calibration sample 0"),
         (7, "calibration data is a int"),

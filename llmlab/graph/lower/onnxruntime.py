@@ -18,6 +18,7 @@ from llmlab.graph.lower.onnxruntime_nbits import lower_weight_only
 from llmlab.graph.lower.onnxruntime_norms import fuse_residual_norms
 from llmlab.graph.lower.onnxruntime_products import lower_products, split_products
 from llmlab.graph.lower.onnxruntime_quantized import join_quantized
+from llmlab.graph.lower.rounded import round_in_float32
 from llmlab.graph.lower.weights import defer_weights
 from llmlab.graph.operators.functions import record_implementation
 
@@ -44,11 +45,14 @@ def lower(graph: Graph, capacity: int, *, accuracy_level: int = 1) -> Graph:
     slot). Each KV pool becomes `past_key.i` and `past_value.i`
     [R, kv_heads, capacity, channels] (`cache_layout`), to be bound to the same memory as `present_key.i` and `present_value.i`.
 
+    What computes in float16 or bfloat16 does so in float32 here, each result rounded to that type (`lower/rounded.py`).
+
     accuracy_level: of products whose weights alone are quantized: 1 computes in float32, 4 rounds activations to int8 by blocks.
     """
     result = graph.copy()
     edit = Editor(result)
     surgeon = edit.surgeon
+    round_in_float32(edit)
     attention = [n for n in surgeon.nodes if n.op == "PagedAttention"]
     replaced = {id(t) for n in attention for t in n.inputs[3:7]}  # pools, query_start, kv_len, block_table
     updated = {id(n.outputs[1]) for n in attention}

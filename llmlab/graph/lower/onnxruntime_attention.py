@@ -53,10 +53,6 @@ class AttentionLowering:
         cache = self._cache(node)
         heads, kv_heads, dim, width = attrs["num_heads"], attrs["kv_num_heads"], attrs["head_dim"], cache.width
         dtype = np.dtype(node.inputs[0].dtype)
-        if dtype != np.float32:
-            raise UnsupportedModelError(
-                f"{node.name}: attention in {dtype}; ONNX Runtime's CPU wants float32: build from an unconverted graph"
-            )
         if operand(node, _ALIBI_SLOPES) is not None and (attrs["softcap"] or operand(node, _SINKS) is not None):
             raise UnsupportedModelError(
                 f"{node.name}: ALiBi beside a softcap or sinks, which ONNX Runtime's attention can't do"

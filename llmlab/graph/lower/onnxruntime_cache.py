@@ -1,4 +1,4 @@
-"""A layer's KV cache as ONNX Runtime's CPU can hold it: float32, int8 and int4 by its own operator; fp8 numbers as float32."""
+"""A layer's KV cache as ONNX Runtime's CPU can hold it: float32, int8 and int4 by its own operator; others' numbers as float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from llmlab.graph.edit import Editor, operand, scope
 from llmlab.graph.graph import KVLayer
-from llmlab.graph.store.storage import array
+from llmlab.graph.store.storage import array, onnx_dtype
 from llmlab.kernels.kv_cache import BITS, per_channel
 
 K_SCALE, V_SCALE = 12, 13
@@ -53,7 +53,7 @@ class SlotCache:
     @property
     def rounds(self) -> bool:
         """Whether the numbers are rounded before they are written, to a type that the operator lacks."""
-        return operand(self.node, K_SCALE) is not None and self.dtype == "float32"
+        return self.dtype == "float32" and self.layer.dtype != _F32
 
     @property
     def held(self) -> np.dtype:
@@ -85,6 +85,14 @@ class SlotCache:
         if not self.rounds:
             return rows
         where, made = scope(self.node), rows[:1]
+        if operand(self.node, K_SCALE) is None:  # half precision
+            for tensor in rows[1:]:
+                for dtype in (self.layer.dtype, _F32):
+                    tensor = self.edit.add(
+                        "Cast", where, [tensor], {"to": onnx_dtype(dtype)}, dtype=dtype, shape=tensor.shape
+                    )
+                made.append(tensor)
+            return made
         for tensor, index in zip(rows[1:], (K_SCALE, V_SCALE), strict=True):
             scale = self.edit.constant(f"{where}/scale", self._by_channel(index, self.layer.head_dim).reshape(-1))
             zero = self.edit.constant(f"{where}/zero", np.zeros(scale.shape, self.layer.dtype))

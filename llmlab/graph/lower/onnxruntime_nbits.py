@@ -25,15 +25,20 @@ _SPREAD = (128, 64, 32, 16)
 """Blocks that a scale of a whole row is written to, the first that comes out even."""
 
 
+def check_accuracy_level(given: int) -> None:
+    """Raises InputError for a level that there isn't."""
+    if given not in ACCURACY_LEVELS or isinstance(given, bool):
+        raise InputError(
+            f"accuracy_level is {given!r}, expected 1 (float32) or 4 (activations rounded to int8 by blocks)"
+        )
+
+
 def lower_weight_only(edit: Editor, accuracy_level: int) -> None:
     """x @ DequantizeLinear(W) (+ bias) → MatMulNBits, in place; what it can't express stays as it is.
 
     At level 1 eight-bit weights stay as well: there the operator is slower than DequantizeLinear in front of a product.
     """
-    if accuracy_level not in ACCURACY_LEVELS or isinstance(accuracy_level, bool):
-        raise InputError(
-            f"accuracy_level is {accuracy_level!r}, expected 1 (float32) or 4 (activations rounded to int8 by blocks)"
-        )
+    check_accuracy_level(accuracy_level)
     for node in list(edit.surgeon.nodes):
         layer = linear(node)
         weight = joined(layer.weight) if layer is not None else None
