@@ -50,10 +50,13 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     ),
     "int8 W8A8": ("int8_w8a8", {"config": "INT8_DEFAULT_CFG"}),
     "int8 SmoothQuant": ("int8_smoothquant", {"config": "INT8_SMOOTHQUANT_CFG"}),
-    "int8 SmoothQuant, strength 0.5": (
-        {"base": "int8_smoothquant", "activations": {"dtype": "int8", "smooth": 0.5, "scale": "absmax"}},
-        {"config": "INT8_SMOOTHQUANT_CFG", "algorithm": {"method": "smoothquant", "alpha": 0.5}},
-    ),
+    **{
+        f"int8 SmoothQuant, strength {alpha:g}": (
+            {"base": "int8_smoothquant", "activations": {"dtype": "int8", "smooth": alpha, "scale": "absmax"}},
+            {"config": "INT8_SMOOTHQUANT_CFG", "algorithm": {"method": "smoothquant", "alpha": alpha}},
+        )
+        for alpha in (0.5, 0.9, 1.0)
+    },
     "fp8, per tensor": (FP8, {"config": "FP8_DEFAULT_CFG"}),
 }
 """By setting: llmlab's recipe, and modelopt's configuration (None: it has none)."""

@@ -36,7 +36,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "int8_dynamic": {"weights": Weights(), "activations": Activations("int8", "token", True)},
     "int8_w8a8": {"weights": Weights(), "activations": Activations("int8")},
-    "int8_smoothquant": {"weights": Weights(), "activations": Activations("int8", smooth=0.8)},
+    "int8_smoothquant": {"weights": Weights(), "activations": Activations("int8", smooth=0.9, scale="absmax")},
     "int8_smoothquant_dynamic": {"weights": Weights(), "activations": Activations("int8", "token", True, 0.8)},
     "fp8": {"weights": Weights("fp8"), "activations": Activations("fp8")},
     "fp8_dynamic": {"weights": Weights("fp8"), "activations": Activations("fp8", "token", True)},

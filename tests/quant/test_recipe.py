@@ -27,7 +27,9 @@ def test_what_names_mean() -> None:
     assert Recipe.parse("int4_gptq").weights == Weights("int4", 32, method="gptq")
     assert Recipe.parse("int3_rtn_g128_asym").weights == Weights("int3", 128, symmetric=False)
     both = Recipe.parse("int8_smoothquant+kv_int8_channel")
-    assert both.activations == Activations("int8", "tensor", False, 0.8) and both.kv_cache == KVCache("int8", "channel")
+    assert both.activations == Activations("int8", smooth=0.9, scale="absmax") and both.kv_cache == KVCache(
+        "int8", "channel"
+    )
     assert Recipe.parse("fp8_weights_tensor").weights == Weights("fp8", per="tensor")
     assert Recipe.parse("bf16").precision == "bfloat16"
 
