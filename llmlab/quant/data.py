@@ -69,7 +69,7 @@ def calibration_data(
     data = [ids for _, ids in sorted(found, key=lambda entry: entry[0])]
     if (tokens := sum(len(ids) for ids in data)) < LEAST_TOKENS:
         raise InputError(
-            f"the calibration set has {tokens} tokens in {len(data)} samples, expected at least {LEAST_TOKENS}: give more or longer texts"
+            f"the calibration set has {tokens} tokens in {len(data)} sample{'' if len(data) == 1 else 's'}, expected at least {LEAST_TOKENS}: give more or longer texts"
         )
     return data
 

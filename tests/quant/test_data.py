@@ -104,7 +104,7 @@ def test_files_that_are_none(tokenizer: Tokenizer, tmp_path: Path) -> None:
     ("source", "said"),
     [
         ([], "the calibration set is empty"),
-        (["short"], "has 2 tokens in 1 samples, expected at least 256: give more or longer texts"),
+        (["short"], "has 2 tokens in 1 sample, expected at least 256: give more or longer texts"),
         ([[1, 2], [3, -4]], "calibration sample 1 has the token id -4"),
         ([[0.5] * 300], "calibration sample 0 is a list, expected a text"),
         ([["a", "b"]], "calibration sample 0 is a list"),
