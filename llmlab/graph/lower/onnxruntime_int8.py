@@ -17,9 +17,9 @@ from llmlab.graph.store.deferred import DeferredValues
 from llmlab.graph.store.storage import array
 
 _FLOAT, _UINT8 = np.dtype(np.float32), np.dtype(np.uint8)
-_ZERO = 128
+_ZERO, _MOST = 128, 127
 _LEAST_SCALE = 1e-12
-"""Of a token whose numbers are all zero."""
+"""Where all numbers are zero."""
 
 
 def lower_int8(edit: Editor) -> None:
@@ -41,17 +41,15 @@ def for_many_rows(lowered: Graph) -> Graph:
     """A lowered graph for steps of many rows, where products of integers are fastest; the given graph is not changed.
 
     Each MatMulNBits becomes one: activations are rounded to int8 by rows, and the weight, whatever its grid, again by channels. Weights
-    of four bits lose little by it, their own steps being much wider. All other constants are those of the given graph, and so are products
-    of few rows (the head, which only reads rows whose next token is wanted).
+    of four bits lose little by it, their own steps being much wider. All other constants are those of the given graph.
     """
     result = lowered.copy()
     result.stands_for |= lowered.stands_for
     edit = Editor(result)
     products = _Products(edit)
-    rows = next(t.shape[0] for t in edit.surgeon.inputs if t.name == "input_ids")
     for node in [n for n in edit.surgeon.nodes if n.op == "MatMulNBits"]:
         values = node.inputs[1]._values
-        if isinstance(values, Blocked) and node.inputs[0].shape[0] == rows:
+        if isinstance(values, Blocked):
             products.lower_wide(node, values.blocks.weight)
     sort_nodes(edit.surgeon.cleanup())
     return result
@@ -70,6 +68,7 @@ class _Products:
         self._edit = edit
         self._zero = edit.constant("int8_zero", np.array(_ZERO, _UINT8))
         self._one = edit.constant("int8_one", np.array(1, np.float32))
+        self._part = edit.constant("int8_part", np.array(1 / _MOST, np.float32))
         self._made: dict[int, tuple[gs.Tensor, gs.Tensor, gs.Tensor | None]] = {}
 
     def lower_rounded(self, layer: Linear, weight: QuantizedWeight) -> None:
@@ -86,7 +85,7 @@ class _Products:
             return
         if id(narrow) not in self._made:
             if by_row:
-                self._made[id(narrow)] = self._by_row(where, x, self._column(where, step))
+                self._made[id(narrow)] = self._by_row(where, x, self._column(where, step), self._one)
             else:
                 self._made[id(narrow)] = (self._round(where, x, step), step, None)
         bias = layer.bias if not self._edit.is_output(layer.node.outputs[0]) else None
@@ -98,7 +97,7 @@ class _Products:
         """A MatMulNBits with `weight` [N, K]."""
         x, name = node.inputs[0], node.inputs[1].name
         if id(x) not in self._made:
-            self._made[id(x)] = self._by_row(scope(node), x, self._scales(scope(node), x))
+            self._made[id(x)] = self._by_row(scope(node), x, self._largest(scope(node), x), self._part)
         values = gs.Constant(f"{name}.int8", Requantized(weight))
         scale = gs.Constant(f"{name}.int8_scale", ChannelScales(weight))
         columns = QuantizedWeight(values, scale, None, 0, 0).transposed()
@@ -131,10 +130,12 @@ class _Products:
         edit.replace(out, made)
         node.outputs.clear()
 
-    def _by_row(self, where: str, x: gs.Tensor, column: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
-        """x [T, K] over its rows' scales [T, 1], rounded; the scale of the result is 1, and the product is scaled by rows."""
+    def _by_row(
+        self, where: str, x: gs.Tensor, column: gs.Tensor, step: gs.Tensor
+    ) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
+        """x [T, K] over a number of each row [T, 1], rounded to multiples of `step`; the product is multiplied by that number."""
         even = self._edit.add("Div", where, [x, column], dtype=_FLOAT, shape=x.shape)
-        return self._round(where, even, self._one), self._one, column
+        return self._round(where, even, step), step, column
 
     def _round(self, where: str, x: gs.Tensor, step: gs.Tensor) -> gs.Tensor:
         return self._edit.add("QuantizeLinear", where, [x, step, self._zero], dtype=_UINT8, shape=x.shape)
@@ -143,18 +144,14 @@ class _Products:
         axis = self._edit.constant(f"{where}/axis", np.array([1], np.int64))
         return self._edit.add("Unsqueeze", where, [step, axis], dtype=_FLOAT, shape=[*step.shape, 1])
 
-    def _scales(self, where: str, x: gs.Tensor) -> gs.Tensor:
-        """The largest number of each row over 127, [T, 1]."""
+    def _largest(self, where: str, x: gs.Tensor) -> gs.Tensor:
+        """The largest size of each row's numbers, [T, 1]."""
         edit, rows = self._edit, [x.shape[0], 1]
-
-        def number(name: str, given: float) -> gs.Constant:
-            return edit.constant(f"{where}/{name}", np.array(given, np.float32))
-
         size = edit.add("Abs", where, [x], dtype=_FLOAT, shape=x.shape)
         axis = edit.constant(f"{where}/axis", np.array([1], np.int64))
         most = edit.add("ReduceMax", where, [size, axis], {"keepdims": 1}, dtype=_FLOAT, shape=rows)
-        step = edit.add("Div", where, [most, number("high", 127)], dtype=_FLOAT, shape=rows)
-        return edit.add("Max", where, [step, number("least", _LEAST_SCALE)], dtype=_FLOAT, shape=rows)
+        least = edit.constant(f"{where}/least", np.array(_LEAST_SCALE, np.float32))
+        return edit.add("Max", where, [most, least], dtype=_FLOAT, shape=rows)
 
 
 class Shifted(DeferredValues):
@@ -208,4 +205,4 @@ class Requantized(DeferredValues):
 
 
 def _channel_scales(wide: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(wide).max(1) / np.float32(127), np.float32(_LEAST_SCALE))
+    return np.maximum(np.abs(wide).max(1) / np.float32(_MOST), np.float32(_LEAST_SCALE))

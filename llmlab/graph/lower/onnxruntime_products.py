@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from llmlab.graph.edit import Editor, ints, operand, other, producer, scope, sort_nodes
 from llmlab.graph.linear import linear, product
+from llmlab.graph.quantized import joined
 
 
 def split_products(edit: Editor, keep: set[int]) -> None:
-    """Undo merged products whose Split survives: apart they are as fast here, and the Split copies."""
+    """Undo merged products whose Split survives: apart they are as fast here, and the Split copies. Those with quantized weights stay
+    merged: where few rows are multiplied, one product less to start is worth more than the copy."""
     for node in list(edit.surgeon.nodes):
         last = producer(node.inputs[0], "MatMul", "Add") if node.op == "Split" else None
         if last is None or id(last) in keep or len(last.outputs[0].outputs) != 1:
@@ -16,13 +18,15 @@ def split_products(edit: Editor, keep: set[int]) -> None:
         layer = next((found for maker in makers if (found := linear(maker)) is not None), None)
         if layer is None or layer.out is not node.inputs[0]:
             continue
-        joined = producer(layer.weight, "Concat")
+        if joined(layer.weight) is not None:
+            continue
+        weights = producer(layer.weight, "Concat")
         biases = producer(layer.bias, "Concat") if layer.bias is not None else None
-        if joined is None or (layer.bias is not None and biases is None):
+        if weights is None or (layer.bias is not None and biases is None):
             continue
-        if ints(operand(node, 1)) != [int(t.shape[0 if layer.transposed else 1]) for t in joined.inputs]:
+        if ints(operand(node, 1)) != [int(t.shape[0 if layer.transposed else 1]) for t in weights.inputs]:
             continue
-        for i, (weight, old) in enumerate(zip(joined.inputs, list(node.outputs), strict=True)):
+        for i, (weight, old) in enumerate(zip(weights.inputs, list(node.outputs), strict=True)):
             bias = [] if biases is None else [biases.inputs[i]]
             part = product(edit, scope(node), layer.node.inputs[0], [weight], bias, layer.transposed, old.dtype)
             edit.replace(old, part)

@@ -30,9 +30,11 @@ class CostModel:
         new, slots: [B], new tokens and slot of each sequence.
         """
         longer = np.flatnonzero(new > 1)
-        first, total = (int(longer[0]) if len(longer) else len(new)), len(new)
+        if not len(longer):
+            return [(0, len(new))]
+        first, total = int(longer[0]), len(new)
         decodes = [(0, first)] if first else []
-        rest = [(first, total)] if first < total else []
+        rest = [(first, total)]
         alone = [(i, i + 1) for i in range(first, total)]
         return min(([(0, total)], decodes + rest, decodes + alone), key=lambda ranges: self._cost(ranges, new, slots))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from small_graphs import apply, ops, rows, same, small_graph, weights
+from small_graphs import apply, ops, rows, run, same, small_graph, weights
 
-from llmlab.graph.edit import Editor
+from llmlab.graph.edit import Editor, sort_nodes
 from llmlab.graph.graph import Graph
+from llmlab.graph.lower.onnxruntime_nbits import lower_weight_only
 from llmlab.graph.lower.onnxruntime_products import lower_products, split_products
+from llmlab.graph.lower.onnxruntime_quantized import join_quantized
 from llmlab.graph.passes.merge_products import MergeProducts
 
 GIVEN = weights(wt=(6, 8), w=(8, 6), vt=(6, 8), v=(8, 6), b=(6,), c=(6,))
@@ -82,3 +84,26 @@ def test_products_that_share_more_than_a_split_stay_merged() -> None:
     after = lowered(before)
     assert ops(after) == {"Gemm": 1, "Split": 1, "Mul": 1}
     same(before, after, {"x": rows(5, 8)})
+
+
+def test_merged_products_with_quantized_weights_stay_merged() -> None:
+    text = """m (float[T,8] x) => (float[T,6] y) {
+        wa = DequantizeLinear<axis=0>(qa, sa)
+        wb = DequantizeLinear<axis=0>(qb, sb)
+        both = Concat<axis=0>(wa, wb)
+        turned = Transpose<perm=[1,0]>(both)
+        p = MatMul(x, turned)
+        a, b = Split<axis=-1>(p, sizes)
+        y = Mul(a, b)
+    }"""
+    values = np.random.default_rng(0).integers(-127, 128, (2, 6, 8)).astype(np.int8)
+    given = {"qa": values[0], "qb": values[1], "sa": rows(6) ** 2 + 0.1, "sb": rows(6) ** 2 + 0.2}
+    before = small_graph(text, fold=False, sizes=np.array([6, 6]), **given)
+    edit = Editor(before.copy())
+    split_products(edit, set())
+    join_quantized(edit)
+    lower_weight_only(edit, 4)
+    sort_nodes(edit.surgeon.cleanup())
+    assert ops(edit.graph) == {"MatMulNBits": 1, "Split": 1, "Mul": 1}
+    found, expected = (run(g, {"x": rows(5, 8)})[0] for g in (edit.graph, before))
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
