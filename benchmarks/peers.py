@@ -178,10 +178,10 @@ class LlmlabInt4Prefill(LlmlabInt4):
     options: ClassVar[dict[str, Any]] = {"prefill": "int8"}
 
 
-class LlmlabInt4Group128(LlmlabInt4):
-    """Four scales to read become one. Not what the others multiply: as good as their blocks of 32 only with better rounding (GPTQ)."""
+class LlmlabInt4Group64(LlmlabInt4):
+    """Half as many scales to read. Not what the others multiply: as good as their blocks of 32 only with better rounding (GPTQ)."""
 
-    recipe: ClassVar[dict[str, Any] | None] = {"weights": {"dtype": "int4", "group": 128}, "keep": ["embedding"]}
+    recipe: ClassVar[dict[str, Any] | None] = {"weights": {"dtype": "int4", "group": 64}, "keep": ["embedding"]}
 
 
 RUNTIMES: dict[str, Any] = {
@@ -194,7 +194,7 @@ RUNTIMES: dict[str, Any] = {
     "llama.cpp-q4_0-head": LlamaCppHead,
     "llmlab-int4": LlmlabInt4,
     "llmlab-int4-prefill": LlmlabInt4Prefill,
-    "llmlab-int4-group128": LlmlabInt4Group128,
+    "llmlab-int4-group64": LlmlabInt4Group64,
 }
 
 
