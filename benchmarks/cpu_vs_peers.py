@@ -59,7 +59,8 @@ def measure(shape: str, names: list[str], args: argparse.Namespace) -> dict[str,
         for repetition in range(args.repetitions + 1):
             for task in TASKS:
                 firsts = []
-                for peer in peers:
+                first = repetition % len(peers)  # who comes first in a round has it a little easier
+                for peer in peers[first:] + peers[:first]:
                     vocab = SHAPES[shape]["vocab_size"]
                     answer = sample(peer, task, args.prompt, args.steps, repetition, vocab, args.foreign)
                     firsts.append(answer["first"])
