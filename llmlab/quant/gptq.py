@@ -82,31 +82,30 @@ def _rounded(weight: np.ndarray, factor: np.ndarray, order: np.ndarray, grid: Gr
     else:
         scale, zero = grid.scales(weight)
     column = replace(grid, group=0)
-    left = weight[:, order]
+    left = np.ascontiguousarray(weight.T[order])  # [K, N]: columns of the weight lie in one piece
     factor = factor.astype(np.float32)
-    values = np.empty(weight.shape, np.int8 if grid.dtype != "fp8" else grid.stored)
+    values = np.empty(left.shape, np.int8 if grid.dtype != "fp8" else grid.stored)
     for begin in range(0, depth, _BLOCK):
         end = min(begin + _BLOCK, depth)
-        block = left[:, begin:end].copy()
+        block = left[begin:end]
         errors = np.empty_like(block)
         for at in range(end - begin):
             place = int(order[begin + at])
             if group and not static_groups and place % group == 0:
-                ahead = np.concatenate([block[:, at:], left[:, end : begin + at + group]], 1)[:, :group]
-                found, offset = column.scales(ahead)
+                found, offset = column.scales(left[begin + at : begin + at + group].T)
                 scale[:, place // group] = found
                 if zero is not None and offset is not None:
                     zero[:, place // group] = offset
             own = (scale[:, place // group] if group else scale), zero
             if zero is not None:
                 own = own[0], (zero[:, place // group] if group else zero)
-            rounded = column.quantize(block[:, at : at + 1], *own)
-            values[:, place] = rounded.values[:, 0]
+            rounded = column.quantize(block[at, :, None], *own)
+            values[place] = rounded.values[:, 0]
             pivot = factor[begin + at, begin + at]
-            errors[:, at] = (block[:, at] - rounded.dequantize()[:, 0]) / pivot
-            block[:, at + 1 :] -= errors[:, at : at + 1] * factor[begin + at, begin + at + 1 : end]
-        left[:, end:] -= errors @ factor[begin:end, end:]
-    return Rounded(grid, values, scale, zero)
+            errors[at] = (block[at] - rounded.dequantize()[:, 0]) / pivot
+            block[at + 1 :] -= factor[begin + at, begin + at + 1 : end, None] * errors[at]
+        left[end:] -= factor[begin:end, end:].T @ errors
+    return Rounded(grid, np.ascontiguousarray(values.T), scale, zero)
 
 
 def output_error(weight: np.ndarray, rounded: np.ndarray, gram: np.ndarray) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import steps
 import tiny
-from families import FAMILIES, QUICK, Family
+from families import FAMILIES, QUICK, Family, shallow
 from numpy.typing import NDArray
 from steps import PREEMPTED, PREEMPTED_SLOTS, RAGGED, worst_error
 
@@ -64,18 +64,30 @@ def controls(engine: Engine, expected: Logits) -> dict[str, float]:
     return {spoil.__name__: in_flight(engine, expected, spoil) for spoil in spoils}
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_engine_answers_like_transformers(tmp_path: Path, name: str) -> None:
-    family = FAMILIES[name]
+    error, wrong = answers(tmp_path, FAMILIES[name])
+    record(name, error, wrong)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_shallow_engine_answers_like_transformers(tmp_path: Path, name: str) -> None:
+    """With one layer where all layers are alike."""
+    answers(tmp_path, shallow(FAMILIES[name]))
+
+
+def answers(tmp_path: Path, family: Family) -> tuple[float, dict[str, float]]:
+    """Errors of the engine, and of the engine with something wrong in its steps; both as they must be."""
     model = tiny.make_model(family.config)
     model.save_pretrained(tmp_path / "checkpoint")
     serving = optimize(export(tmp_path / "checkpoint", max_seq_len=family.max_seq_len))
     engine = build(serving, tmp_path / "engine", max_tokens_per_step=32)
     expected = oracle(model, family, PREEMPTED)
     error, wrong = in_flight(engine, expected), controls(engine, expected)
-    record(name, error, wrong)
     assert error < TOLERANCE
     assert all(e > SEEN for e in wrong.values()), wrong
+    return error, wrong
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-SHORT = ("opset 23, not optimized", "attention mask", "weights inside")
+SHORT = ("opset 18", "opset 23, not optimized", "attention mask", "weights inside")
 """Kinds in which a second layer shows nothing that it doesn't in the others."""
 
 
