@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import Store
+
+import llmlab
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -14,8 +17,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
 
 
-def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_runs(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it stands, but for the export, which the demo and the first notebook run as it stands here."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(llmlab, "export", store.plain)
     [code] = blocks("python")
     exec(compile(code, str(README), "exec"), {})
     out = capsys.readouterr().out

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from llmlab.checkpoint import Checkpoint, read_assets, resolve
+from llmlab.checkpoint import Checkpoint, generation_config, read_assets, resolve
 from llmlab.config import ModelConfig
 from llmlab.errors import InputError, UnsupportedModelError, require
 from llmlab.files import read_json
@@ -118,6 +118,7 @@ def _export_checkpoint(
     if (path / MANIFEST).is_file():
         raise InputError(f"{source} is a graph already: open it with llmlab.Graph.load")
     with closing(NemoCheckpoint(path) if is_nemo(path) else Checkpoint(resolve(source))) as checkpoint:
+        generation_config(checkpoint.assets)
         begins(LOADING)
         _require_torch()  # which takes seconds: what is wrong with the checkpoint was said before
         limited = checkpoint.config.limited(max_seq_len)

@@ -41,12 +41,16 @@ def with_outliers(graph: Graph) -> Graph:
 def divergence(reference: Graph, given: Graph, data: list[np.ndarray]) -> float:
     """Mean KL(reference ‖ given) over all tokens of the data, in nats."""
 
-    def log_probabilities(graph: Graph) -> np.ndarray:
-        rows = np.concatenate(list(logits(graph, data))).astype(np.float64)
-        rows -= rows.max(-1, keepdims=True)
-        return rows - np.log(np.exp(rows).sum(-1, keepdims=True))
+    return nats(log_probabilities(reference, data), log_probabilities(given, data))
 
-    p, q = log_probabilities(reference), log_probabilities(given)
+
+def log_probabilities(graph: Graph, data: list[np.ndarray]) -> np.ndarray:
+    rows = np.concatenate(list(logits(graph, data))).astype(np.float64)
+    rows -= rows.max(-1, keepdims=True)
+    return rows - np.log(np.exp(rows).sum(-1, keepdims=True))
+
+
+def nats(p: np.ndarray, q: np.ndarray) -> float:
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
@@ -58,8 +62,9 @@ def outliers(store: Store) -> Graph:
 @pytest.mark.parametrize("dtype", ["int4", "int3"])
 def test_gptq_and_awq_beat_rounding_where_there_are_outliers(outliers: Graph, dtype: str) -> None:
     seen, held_out = random_ids(64, 0), random_ids(16, 1)
+    p = log_probabilities(outliers, held_out)
     lost = {
-        method: divergence(outliers, ll.quantize(outliers, f"{dtype}_{method}_g16", seen), held_out)
+        method: nats(p, log_probabilities(ll.quantize(outliers, f"{dtype}_{method}_g16", seen), held_out))
         for method in ("rtn", "gptq", "awq")
     }
     assert lost["gptq"] < 0.85 * lost["rtn"] and lost["awq"] < 0.7 * lost["rtn"], lost
@@ -147,7 +152,8 @@ def held_out_chats(graph: Graph, count: int) -> list[np.ndarray]:
 
 def lost_on_tinychat(graph: Graph) -> Callable[[Any], float]:
     held_out = held_out_chats(graph, 40)
-    return lambda recipe: divergence(graph, ll.quantize(graph, recipe), held_out)
+    p = log_probabilities(graph, held_out)
+    return lambda recipe: nats(p, log_probabilities(ll.quantize(graph, recipe), held_out))
 
 
 def test_gptq_beats_rounding_on_tinychat(store: Store) -> None:
