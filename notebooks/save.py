@@ -29,6 +29,8 @@ def save(path: Path) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":  # a progress bar that has gone leaves an empty output
             cell.outputs = [o for o in cell.outputs if o.get("data") != {"text/plain": ""}]
+            for output in cell.outputs:  # a live panel is gone with its kernel; its picture stays
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

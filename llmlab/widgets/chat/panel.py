@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +13,13 @@ from llmlab.errors import InputError
 from llmlab.runtime.llm import LLM
 from llmlab.runtime.params import SamplingParams
 from llmlab.widgets.chat import draw
-from llmlab.widgets.chat.model import Answer, Turn
-from llmlab.widgets.chat.speaker import Generation, Speaker
+from llmlab.widgets.chat.conversation import Conversation
+from llmlab.widgets.chat.speaker import Speaker
 from llmlab.widgets.panel import Panel
 
 if TYPE_CHECKING:
     from llmlab.runtime.llm import LoadedEngine
-    from llmlab.runtime.outputs import Delta, RequestMetrics
-
-REDRAWS = 12.0
-"""Most drawings a second while an answer grows."""
-ALTERNATIVES = 5
-"""Most likely tokens that are kept with each token."""
+    from llmlab.widgets.chat.model import Turn
 
 
 def chat(
@@ -71,18 +64,11 @@ class Chat(Panel):
         engines = [engine] if other is None else [engine, other]
         called = _names(engines, names)
         self.params = _shown(params or SamplingParams())
-        self.system = system
-        self.together = True
-        """Whether two engines answer at the same time; else one after the other, so that speeds are each one's own."""
-        self.turns: list[Turn] = []
+        self._talk = Conversation(self.lock, on_growth=lambda: self.refresh("last"), on_end=self._on_end)
+        self._talk.system = system
         self.editing: int | None = None
         self.chosen: tuple[int, int] | None = None
         """(turn, token) that the details are about."""
-        self.speakers: list[Speaker] = []
-        self._generations: list[Generation] = []
-        self._ended = threading.Condition(self.lock)
-        self._drawn_at = 0.0
-        self._closed = False
         try:
             for each, label in zip(engines, called, strict=True):
                 self.speakers.append(Speaker(each, label, threads=threads))
@@ -96,7 +82,7 @@ class Chat(Panel):
         return "Chat with " + " and ".join(speaker.name for speaker in self.speakers)
 
     def draw_settings(self) -> Markup:
-        return draw.settings(self.params, self.system, self.together if len(self.speakers) > 1 else None)
+        return draw.settings(self.params, self._talk.system, self._talk.together if len(self.speakers) > 1 else None)
 
     def draw_log(self) -> Markup:
         return draw.turns(self.turns[:-1], 0, self.editing, self.busy, draw.spelled(self.turns))
@@ -118,7 +104,7 @@ class Chat(Panel):
                 "panel": self.name,
                 "title": self.title(),
                 "engines": [speaker.name for speaker in self.speakers],
-                "system": self.system,
+                "system": self._talk.system,
                 "params": self.params.to_dict(),
                 "turns": [turn.to_dict() for turn in self.turns],
             }
@@ -130,15 +116,25 @@ class Chat(Panel):
     # What can be done from Python.
 
     @property
+    def speakers(self) -> list[Speaker]:
+        """The engines."""
+        return self._talk.speakers
+
+    @property
+    def turns(self) -> list[Turn]:
+        """What was asked and answered."""
+        return self._talk.turns
+
+    @property
     def busy(self) -> bool:
         """Whether an answer is being generated."""
-        return bool(self.turns) and self.turns[-1].going
+        return self._talk.busy
 
     @property
     def messages(self) -> list[dict[str, str]]:
         """The conversation so far as messages, with the answers that it goes on with."""
         with self.lock:
-            return self._messages(self.turns)
+            return self._talk.messages()
 
     def send(self, text: str) -> None:
         """Ask something; returns at once. Raises InputError while an answer is being generated."""
@@ -168,37 +164,26 @@ class Chat(Panel):
     def keep(self, turn: int, which: int) -> None:
         """Go on with the answer of engine `which` in that turn."""
         with self.lock:
-            self._keep(turn, which)
+            self._talk.keep(turn, which)
         self.refresh("log", "last")
 
     def stop(self) -> None:
         """End the answers under way before their next token; returns at once."""
-        for generation in tuple(self._generations):
-            generation.stop()
+        self._talk.stop()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until no answer is being generated; whether that is so. Ctrl-C stops the answers."""
-        try:
-            with self._ended:
-                return self._ended.wait_for(lambda: not self.busy, timeout)
-        except KeyboardInterrupt:
-            self.stop()
-            raise
+        return self._talk.wait(timeout)
 
     def clear(self) -> None:
         """Forget the conversation. Raises InputError while an answer is being generated."""
         with self.lock:
-            self._clear()
+            self.on_clear("", None)
         self.refresh()
 
     def close(self) -> None:
         """Stop, and free the engines that were opened here."""
-        self._closed = True
-        self.stop()
-        for generation in self._generations:
-            generation.join()
-        for speaker in self.speakers:
-            speaker.close()
+        self._talk.close()
 
     # What the page's controls do.
 
@@ -213,8 +198,8 @@ class Chat(Panel):
         self._again(_integer(key), None)
 
     def on_open(self, key: str, value: Any) -> list[str]:
-        self._check_free()
-        self.editing = self._place(_integer(key))
+        self._talk.check_free()
+        self.editing = self._talk.place(_integer(key))
         return ["log", "last"]
 
     def on_shut(self, key: str, value: Any) -> list[str]:
@@ -226,23 +211,24 @@ class Chat(Panel):
 
     def on_keep(self, key: str, value: Any) -> list[str]:
         turn, _, which = key.partition(".")
-        self._keep(_integer(turn), _integer(which))
+        self._talk.keep(_integer(turn), _integer(which))
         return ["log", "last"]
 
     def on_clear(self, key: str, value: Any) -> None:
-        self._clear()
+        self._talk.clear()
+        self.editing = self.chosen = None
 
     def on_token(self, key: str, value: Any) -> list[str]:
         turn, _, token = key.partition(".")
-        self.chosen = self._place(_integer(turn)), _integer(token)
+        self.chosen = self._talk.place(_integer(turn)), _integer(token)
         return ["detail"]
 
     def on_system(self, key: str, value: Any) -> list[str]:
-        self.system = str(value)
+        self._talk.system = str(value)
         return []
 
     def on_together(self, key: str, value: Any) -> list[str]:
-        self.together = bool(value)
+        self._talk.together = bool(value)
         return []
 
     def on_set(self, key: str, value: Any) -> list[str]:
@@ -255,73 +241,17 @@ class Chat(Panel):
         self.params = dataclasses.replace(self.params, **{key: value})
         return []
 
-    def _clear(self) -> None:
-        self._check_free()
-        self.turns, self.editing, self.chosen = [], None, None
-
-    def _keep(self, turn: int, which: int) -> None:
-        answers = self.turns[self._place(turn)].answers
-        if not 0 <= which < len(answers):
-            raise InputError(f"which is {which}, expected the place of one of the {len(answers)} answers")
-        self.turns[turn].kept = which
-
-    # Generating. All but the callbacks runs under the lock.
-
     def _ask(self, text: str) -> None:
-        self._check_free()
-        self._generate(self.turns, text)
+        self._talk.ask(text, self.params)
+        self.editing = self.chosen = None
 
     def _again(self, turn: int, text: str | None) -> None:
-        self._check_free()
-        place = self._place(turn)
-        self._generate(self.turns[:place], self.turns[place].user if text is None else text)
+        place = self._talk.place(turn)
+        self._talk.ask(self.turns[place].user if text is None else text, self.params, place)
+        self.editing = self.chosen = None
 
-    def _generate(self, before: list[Turn], text: str) -> None:
-        if not text.strip():
-            raise InputError("the message is empty: type something first")
-        turn = Turn(text, [Answer(speaker.name) for speaker in self.speakers])
-        messages = [*self._messages(before), {"role": "user", "content": text}]
-        params = dataclasses.replace(self.params, logprobs=ALTERNATIVES)
-        self.turns, self.editing, self.chosen, self._generations = [*before, turn], None, None, []
-        for speaker, answer in zip(self.speakers, turn.answers, strict=True):
-            generation = Generation(
-                speaker,
-                messages,
-                params,
-                on_piece=_bound(self._on_piece, speaker, answer),
-                on_end=_bound(self._on_end, answer),
-                after=self._generations[-1] if self._generations and not self.together else None,
-            )
-            self._generations.append(generation)
-        for generation in self._generations:
-            generation.start()
-
-    def _on_piece(self, speaker: Speaker, answer: Answer, delta: Delta) -> None:
-        with self.lock:
-            answer.extend(delta, speaker.tokenizer)
-            now = time.monotonic()
-            due = now - self._drawn_at > 1 / REDRAWS
-            if due:
-                self._drawn_at = now
-        if due:
-            self.refresh("last")
-
-    def _on_end(self, answer: Answer, reason: str | None, error: str, metrics: RequestMetrics | None) -> None:
-        with self._ended:
-            answer.going, answer.finish_reason, answer.error, answer.metrics = False, reason, error, metrics
-            self._ended.notify_all()
-            everything = not self.busy
-        if everything:
-            self.refresh("log", "last", "compose", "detail")
-        else:
-            self.refresh("last")
-
-    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, str]]:
-        said = [{"role": "system", "content": self.system}] if self.system.strip() else []
-        for turn in turns:
-            said.append({"role": "user", "content": turn.user})
-            said.append({"role": "assistant", "content": turn.answers[turn.kept].text})
-        return said
+    def _on_end(self, whole: bool) -> None:
+        self.refresh(*(("log", "last", "compose", "detail") if whole else ("last",)))
 
     def _looked_at(self) -> tuple[int, int] | tuple[None, None]:
         """(turn, token) to show details of: the chosen one, else where the last answers part."""
@@ -329,17 +259,6 @@ class Chat(Panel):
             return self.chosen
         place = self.turns[-1].first_difference if self.turns else None
         return (None, None) if place is None else (len(self.turns) - 1, place)
-
-    def _check_free(self) -> None:
-        if self._closed:
-            raise InputError("this chat was closed: make a new one")
-        if self.busy:
-            raise InputError("an answer is being generated: stop it first")
-
-    def _place(self, turn: int) -> int:
-        if not 0 <= turn < len(self.turns):
-            raise InputError(f"there is no turn {turn}: the conversation has {len(self.turns)}")
-        return turn
 
 
 def _names(engines: Sequence[Any], names: Sequence[str] | None) -> list[str]:
@@ -368,7 +287,3 @@ def _integer(text: str, name: str = "the number") -> int:
         return int(text)
     except ValueError:
         raise InputError(f"{name} is {text!r}, expected an integer") from None
-
-
-def _bound(function: Any, *first: Any) -> Any:
-    return lambda *rest: function(*first, *rest)

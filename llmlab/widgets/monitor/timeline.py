@@ -9,9 +9,9 @@ from markupsafe import Markup
 from llmlab.runtime.trace import SequenceRecord, StepRecord, Trace
 from llmlab.widgets.markup import control, h
 
-COLUMNS = 34
+COLUMNS = 40
 ROWS = 20
-CELL, ROW, LEFT, TOP = 24, 20, 132, 18
+CELL, ROW, LEFT, TOP = 20, 20, 132, 18
 CHART = 44
 COLOURS = 8
 
@@ -50,7 +50,7 @@ def timeline(trace: Trace, shown: Sequence[StepRecord], looked: int | None, prom
         x = LEFT + CELL * (looked - first)
         parts.append(h("rect", x=x, y=0, width=CELL, height=height, fill="var(--ll-fill)", stroke="var(--ll-accent)"))
     for place, name in enumerate(names):
-        parts.append(_label(0, TOP + ROW * place + 14, f"{name}  {prompts.get(name, '')}", 21))
+        parts.append(_label(0, TOP + ROW * place + 14, f"{name}  {prompts.get(name, '')}", 20))
     for index, step in steps:
         x = LEFT + CELL * (index - first)
         if index == first or index % 5 == 0:
@@ -99,7 +99,17 @@ def _cell(record: SequenceRecord, x: float, y: float) -> Markup:
         parts.append(h("rect", **box, fill="url(#ll-hatch)", rx=2))
     soft = None if works or record.state == "preempted" else "soft"
     text = cell_text(record)
-    parts.append(h("text", text, x=x + CELL / 2, y=y + 14, text_anchor="middle", class_=soft, style="font-size:10px"))
+    parts.append(
+        h(
+            "text",
+            text,
+            x=x + CELL / 2,
+            y=y + 14,
+            text_anchor="middle",
+            class_=soft,
+            style=f"font-size:{8 if len(text) > 3 else 9}px",
+        )
+    )
     return h("g", parts, data_cell=record.state, data_of=record.name)
 
 
