@@ -163,9 +163,7 @@ class _Package(ModuleType):
     """Importing llmlab/build.py binds the module to `llmlab.build`; this keeps the function of that name there."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and name in _HOME:
-            if _HOME[name] != value.__name__:
-                return  # llmlab/steps.py, which isn't where `llmlab.steps` comes from
+        if isinstance(value, ModuleType) and _HOME.get(name) == value.__name__:
             value = getattr(value, name)
         super().__setattr__(name, value)
 

@@ -13,6 +13,7 @@ from llmlab.files import atomic_folder, write_json
 from llmlab.graph.graph import Graph
 from llmlab.graph.store.storage import External, write_onnx
 from llmlab.progress import begins
+from llmlab.provenance import Step, step
 from llmlab.runtime.engine import TARGETS, Engine
 from llmlab.runtime.manifest import (
     MANIFEST,
@@ -28,7 +29,6 @@ from llmlab.runtime.manifest import (
     Products,
     slot_capacity,
 )
-from llmlab.steps import Step, step
 from llmlab.tensorrt.config import BuildConfig
 
 if TYPE_CHECKING:

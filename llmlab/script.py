@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llmlab.errors import InputError
+from llmlab.provenance import Step
 from llmlab.runtime.engine import Engine
 from llmlab.runtime.manifest import LAYERS, MANIFEST, Manifest
-from llmlab.steps import Step
 from llmlab.tensorrt.config import BuildConfig
 
 _TIMED = (LAYERS, ".plan")

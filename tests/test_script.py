@@ -16,9 +16,9 @@ from conftest import Store
 
 import llmlab as ll
 from llmlab.errors import EngineError, InputError
+from llmlab.provenance import Step, described, step
 from llmlab.runtime.manifest import MANIFEST, digest
 from llmlab.script import script
-from llmlab.steps import Step, described, step
 
 
 def run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:

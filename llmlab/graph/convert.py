@@ -9,7 +9,7 @@ from llmlab.errors import InputError
 from llmlab.graph.graph import Graph
 from llmlab.graph.passes.convert_precision import ConvertPrecision
 from llmlab.graph.rewrite import run_pass
-from llmlab.steps import step
+from llmlab.provenance import step
 
 PRECISIONS = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 

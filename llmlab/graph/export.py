@@ -20,7 +20,7 @@ from llmlab.graph.sources.rope_config import freeze_rope, rope_limit
 from llmlab.graph.sources.trace import LOADING, STAGES, quiet, reason, trace
 from llmlab.graph.sources.weights import locate_weights
 from llmlab.progress import stage_bar
-from llmlab.steps import step
+from llmlab.provenance import step
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs

@@ -24,7 +24,7 @@ from llmlab.graph.reports.tables import NodeTable
 from llmlab.graph.reports.why import Why, why
 from llmlab.graph.store.references import References, open_references
 from llmlab.graph.store.storage import MODEL, constants, read_onnx, write_onnx
-from llmlab.steps import Step
+from llmlab.provenance import Step
 
 FORMAT = 1
 """Version of the folder that `Graph.save` writes."""

@@ -32,7 +32,7 @@ from llmlab.graph.passes.vector_scale import VectorScale
 from llmlab.graph.pipeline import Pipeline
 from llmlab.graph.reports.snapshot import snapshot
 from llmlab.graph.rewrite import Pass, run_pass
-from llmlab.steps import step
+from llmlab.provenance import step
 
 SERVING_INPUTS = ("input_ids", "position_ids", "query_start", "kv_len", "block_table", "logits_index")
 

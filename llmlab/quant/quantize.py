@@ -19,12 +19,12 @@ from llmlab.graph.graph import Graph
 from llmlab.graph.reports.quantization import QuantizationReport, QuantizedProjection
 from llmlab.graph.reports.report import PassReport
 from llmlab.graph.rewrite import Match, Pass, run_pass
+from llmlab.provenance import Step, described, step
 from llmlab.quant.methods import Job, Work, run_methods
 from llmlab.quant.place import place_activation, place_weight, take_apart
 from llmlab.quant.projections import ROLES, Projection, matches, projections, select
 from llmlab.quant.recipe import Recipe
 from llmlab.quant.rounding import Rounding
-from llmlab.steps import Step, described, step
 
 
 def quantize(

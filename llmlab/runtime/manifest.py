@@ -13,7 +13,7 @@ from llmlab.config import ModelConfig
 from llmlab.errors import CheckpointError, EngineError
 from llmlab.files import read_json, sha256, write_json
 from llmlab.kernels.kv_cache import BITS
-from llmlab.steps import Step
+from llmlab.provenance import Step
 
 ENGINE_FORMAT = 1
 MANIFEST = "manifest.json"
@@ -133,7 +133,7 @@ class Manifest:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """How it was quantized, as `llmlab.Recipe.parse` takes it; empty: not at all."""
     steps: tuple[Mapping[str, Any], ...] = ()
-    """The public calls that made it, from the checkpoint on (`llmlab.steps.Step`); `llmlab script` prints them."""
+    """The public calls that made it, from the checkpoint on (`llmlab.provenance.Step`); `llmlab script` prints them."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Size in bytes and sha256 of every other file."""
     compiled: Compiled | None = None
