@@ -68,11 +68,12 @@ Counter(node.op for node in plain.nodes("model.layers.0.self_attn"))
 #
 # A server works on many sequences at once, some reading a prompt, some writing their next token. `optimize` rewrites the
 # graph for exactly that, in passes. Each pass looks for a *pattern*, *checks* that the rewrite is valid there, and
-# rewrites. The history says what each of them did, and where one of them held back, it says why.
+# rewrites. The history says what each of them did, and where one of them held back, it says why. `steps` goes through it:
+# in a live notebook the slider moves from pass to pass, and a click on a place shows it before and after.
 
 # %%
 graph = ll.optimize(plain)
-graph.history
+ll.steps(graph, "page_attention")
 
 # %% [markdown]
 # Three of them make the difference:
@@ -82,17 +83,16 @@ graph.history
 #   sequence's keys and values through a block table.
 # - `gather_logits` picks the rows whose next token is wanted *before* the last layer's output is computed for all of them.
 #
-# What is left:
+# What is left is best looked at from above. `inspect` shows the graph as layers, their blocks, and the nodes of these; layers
+# of the same structure stand together, and each number is the sum of what lies below. Live, a click unfolds a part and draws it,
+# a node shows what it reads and what is in its weights, and other numbers can be laid over: operations, types, time.
 
 # %%
-graph
-
-# %%
-graph.nodes("model.layers.0")
+ll.inspect(graph)
 
 # %% [markdown]
-# That is a whole layer. (The casts, transposes and joins at its top touch weights alone: `build` does them once.) How did
-# it come to that? `why` asks the history about one place: which passes fired there, what they took away and put in,
+# The dashed boxes of a block (casts, transposes, joins) touch weights alone: `build` does them once. The last layers differ
+# from the others because only the rows whose next token is wanted go through their end. How did it come to that? `why` asks the history about one place: which passes fired there, what they took away and put in,
 # and whose pattern was found but held back, with the reason.
 
 # %%

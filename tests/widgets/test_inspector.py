@@ -1,5 +1,6 @@
 """The graph inspector without a browser: what is folded, found, summed up and drawn, and how much a weight is looked at."""
 
+import importlib
 import re
 from collections import Counter
 from pathlib import Path
@@ -216,7 +217,7 @@ def test_times_sum_up_the_tree(serving):
     assert f"{len(names)} ms" in panel.draw_tree()
     silent = Inspector(serving)
     silent.act("overlay", "", "time")
-    assert "nothing is measured yet" in silent.draw_legend()
+    assert "nothing is measured" in silent.draw_legend()
 
 
 def test_search_finds_what_has_the_words_in_it(serving):
@@ -282,6 +283,8 @@ def test_bad_input_is_one_line(serving):
         assert "problem" in panel.act(*act) and panel.problem.count("\n") == 0
     with pytest.raises(InputError, match="expected a Graph"):
         ll.inspect(3)
+    with pytest.raises(InputError, match="takes no batch"):
+        ll.inspect(serving, batch=2)
     with pytest.raises(InputError, match="reference is a str"):
         ll.inspect(serving, reference="graph")
 
@@ -364,3 +367,31 @@ def test_rows_of_a_quantized_weight_are_those_of_the_whole(axis, block, monkeypa
     assert seen == 256
     few = sample_quantized(weight, 1 << 10)
     assert few.size <= 1 << 12 and set(few.tolist()) <= set(whole.reshape(-1).tolist())
+
+
+def test_an_engine_is_measured_when_asked(serving, monkeypatch):
+    class Layers:
+        phases = ("decode", "prefill")
+
+        def by_node(self, phase: str) -> dict[str, float]:
+            return {n.name: 2e-3 if phase == "decode" else 5e-3 for n in serving.surgeon.nodes} | {"unknown": 1.0}
+
+    measure = importlib.import_module("llmlab.evaluate.layers.measure")  # `llmlab.evaluate` is a function
+    monkeypatch.setattr(measure, "layers", lambda engine, stop: Layers())
+    panel = Inspector(serving, engine="engine")
+    assert "Measure" in panel.draw_bar() and "Measure" not in Inspector(serving).draw_bar()
+    panel.act("measure")
+    panel.wait(30)
+    assert panel.overlay.name == "time decode" and panel.working == ""
+    assert panel.overlay.of(panel.leaves) == pytest.approx(2e-3 * len(panel.leaves))
+    panel.act("overlay", "", "time prefill")
+    assert f"{5 * len(panel.leaves)} ms" in panel.draw_tree()
+
+    def broken(engine, stop):
+        raise InputError("engine: built by an older llmlab")
+
+    monkeypatch.setattr(measure, "layers", broken)
+    panel.act("measure")
+    panel.wait(30)
+    assert "older llmlab" in panel.draw_legend() and panel.problem == ""
+    assert "no engine to measure" in Inspector(serving).act("measure")["problem"]

@@ -34,10 +34,11 @@ def bar(panel: Inspector) -> Markup:
     )
     chosen = select("show", "overlay", [(o.name, o.label) for o in panel.overlays.values()], panel.overlay.name)
     slider = h("label", "context length ", context, class_="live-only") if panel.overlay.name == "flops" else None
+    measure = button("Measure", "measure", disabled=bool(panel.working)) if panel.engine is not None else None
     return h(
         "div",
         h("h3", panel.title()),
-        h("div", h("label", "search ", search, class_="live-only"), chosen, slider, class_="bar"),
+        h("div", h("label", "search ", search, class_="live-only"), chosen, slider, measure, class_="bar"),
     )
 
 

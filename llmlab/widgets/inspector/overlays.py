@@ -150,11 +150,19 @@ def overlays(leaves: list[Leaf], context: int) -> dict[str, Overlay]:
     return {overlay.name: overlay for overlay in made}
 
 
-def time_overlay(seconds: Mapping[str, float]) -> Overlay:
-    """Measured times by node name."""
-    says = "measured time of a step" if seconds else "not measured"
-    missing = "" if seconds else "nothing is measured yet: press Measure, or give times={node name: seconds}"
-    return Overlay("time", "measured time", says, dict(seconds), time_text, missing)
+def time_overlay(seconds: Mapping[str, float], phase: str = "", missing: str = "") -> Overlay:
+    """Measured times by node name, of a step of `phase` where there are several."""
+    says = f"measured time of a {phase or 'whole'} step" if seconds else "not measured"
+    if not seconds and not missing:
+        missing = "nothing is measured: give engine=, and press Measure, or times={node name: seconds}"
+    return Overlay(
+        f"time {phase}".strip(),
+        f"measured time, {phase}" if phase else "measured time",
+        says,
+        dict(seconds),
+        time_text,
+        missing,
+    )
 
 
 def error_overlay(found: Mapping[str, tuple[float, float]], missing: str = "") -> ErrorOverlay:

@@ -10,7 +10,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 from markupsafe import Markup
 
-from llmlab.errors import InputError, nearest
+from llmlab.errors import InputError, LlmlabError, nearest
 from llmlab.graph.graph import Graph
 from llmlab.widgets.inspector import draw_bar, draw_block, draw_details, draw_tree
 from llmlab.widgets.inspector.errors import weight_errors
@@ -28,17 +28,23 @@ MOST_ROWS = 300
 class Inspector(Panel):
     """A graph as a tree of layers, blocks and nodes, with a picture of what is unfolded, numbers on it, and search.
 
-    times: seconds by name of a node. reference: the graph before it was quantized, for the error of each weight.
+    times: seconds by name of a node. engine: the engine (or its folder) that was built of this graph, to be measured on a click.
+    reference: the graph before it was quantized, for the error of each weight.
     """
 
     regions = ("bar", "hits", "legend", "tree", "picture", "details")
     name = "inspector"
 
     def __init__(
-        self, graph: Graph, *, times: Mapping[str, float] | None = None, reference: Graph | None = None
+        self,
+        graph: Graph,
+        *,
+        times: Mapping[str, float] | None = None,
+        engine: Any = None,
+        reference: Graph | None = None,
     ) -> None:
         super().__init__()
-        self.graph, self.reference = graph, reference
+        self.graph, self.reference, self.engine = graph, reference, engine
         kind = "quantized " if graph.recipe else ""
         self.tree = Hierarchy(graph.surgeon, f"{kind}{graph.kind} {graph.config.model_type}")
         self.leaves = list(self.tree.leaves.values())
@@ -194,6 +200,14 @@ class Inspector(Panel):
             self._look()
         return ("details",)
 
+    def on_measure(self, key: str, value: Any) -> Iterable[str]:
+        """Time the layers of the engine."""
+        if self.engine is None:
+            raise InputError("no engine to measure: inspect(graph, engine=…) with one that was built of this graph")
+        self.working = "measuring"
+        self._start(self._measure)
+        return ("legend",)
+
     def on_stop(self, key: str, value: Any) -> Iterable[str]:
         self._stop.set()
         return ("legend",)
@@ -231,6 +245,31 @@ class Inspector(Panel):
                 self.histograms = made
         if threading.current_thread() is self._worker:
             self.refresh("details")
+
+    def _measure(self) -> None:
+        from llmlab.evaluate.layers.measure import layers as measured
+
+        stop, found, problem = self._stop, {}, ""
+        try:
+            layers = measured(self.engine, stop=stop)
+            found = {phase: layers.by_node(phase) for phase in layers.phases}
+        except LlmlabError as error:
+            problem = str(error)
+        except KeyboardInterrupt:  # Stop was pressed
+            problem = "stopped"
+        with self.lock:
+            self.working = ""
+            for phase, seconds in found.items():
+                known = {name: time for name, time in seconds.items() if name in self.tree.leaves}
+                self.overlays[f"time {phase}"] = time_overlay(known, phase)
+            if found:
+                self.overlays.pop("time", None)
+                self.overlay = self.overlays[f"time {next(iter(found))}"]
+                self._weigh()
+            else:
+                self.overlays["time"] = time_overlay({}, missing=problem or "nothing was measured")
+                self.overlay = self.overlays["time"]
+        self.refresh("bar", "legend", "tree", "picture", "details")
 
     def _find_errors(self) -> None:
         stop, found, last = self._stop, {}, 0.0
