@@ -254,7 +254,7 @@ def test_closing_while_it_plays(watch):
     until(lambda: panel.steps)
     panel.close()
     panel.close()
-    assert not panel._thread.is_alive()
+    assert not panel._player._thread.is_alive()
     assert "closed" in panel.act("step")["problem"]
     with pytest.raises(InputError, match="closed"):
         panel.step()

@@ -33,13 +33,15 @@ def settings(params: SamplingParams, system: str, together: bool | None) -> Mark
         kind: dict[str, Attribute] = (
             {"type": "number", **limits} if limits else {"type": "text", "inputmode": "numeric"}
         )
-        box = h("input", **kind, value="" if value is None else value, class_="short", **control("set", key))
+        box = h("input", **kind, value=_plain(value), class_="short", **control("set", key))
         fields.append(h("label", f"{label} ", box, title=title))
     prompt = h("input", type="text", value=system, placeholder="none", **control("system"))
     fields.append(h("label", "System prompt ", prompt, class_="system"))
     if together is not None:
         fields.append(checkbox("answer at the same time (untick to time each by itself)", "together", together))
-    said = ", ".join(f"{FIELDS[k][0].lower()} {getattr(params, k)}" for k in FIELDS if getattr(params, k) is not None)
+    said = ", ".join(
+        f"{FIELDS[k][0].lower()} {_plain(getattr(params, k))}" for k in FIELDS if getattr(params, k) is not None
+    )
     line = h(
         "p", f"Sampling: {said}.", f" System prompt: “{system}”." if system.strip() else "", class_="soft static-only"
     )
@@ -122,6 +124,10 @@ def facts(answer: Answer) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def _plain(value: float | None) -> str:
+    return "" if value is None else str(int(value)) if value == int(value) else str(value)
+
+
 def _turn(turn: Turn, place: int, editing: bool, busy: bool, spell: bool) -> Markup:
     if editing:
         text = h(
@@ -184,7 +190,6 @@ def _spans(answer: Answer, place: int, difference: int | None) -> Iterator[Marku
             tabindex=0 if start == 0 else -1,
             role="button",
             **control("token", f"{place}.{index if not here else difference}"),
-            data_which=answer.engine,
         )
         start = index + 1
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from markupsafe import Markup
 
-from llmlab.errors import InputError, LlmlabError
+from llmlab.errors import InputError
 from llmlab.runtime.params import checked_integer
 from llmlab.runtime.trace import StepRecord, Trace
 from llmlab.widgets.monitor import draw
+from llmlab.widgets.monitor.player import Player
 from llmlab.widgets.monitor.sources import source_of
 from llmlab.widgets.monitor.timeline import MEANINGS, timeline
 from llmlab.widgets.monitor.traffic import Knobs, Prompt, Traffic
@@ -80,16 +80,11 @@ class Monitor(Panel):
         self._traffic = what if isinstance(what, Traffic) else None
         self._recorded = what if isinstance(what, Trace) else None
         self._shown = len(what.steps) if isinstance(what, Trace) else 0
-        self.playing = False
-        self.speed = 2.0
-        """Steps a second while it plays."""
+        self._player = Player(self.lock, step=self._step, done=self._done)
         self.looked: int | None = None
         """Index of the step that is looked at; None: the last one."""
         self._note = ""
-        self._todo: deque[Callable[[], object]] = deque()
-        self._wake = threading.Condition(self.lock)
         self._stepping = threading.Lock()
-        self._thread: threading.Thread | None = None
         self._closed = False
 
     # What the page shows.
@@ -108,6 +103,11 @@ class Monitor(Panel):
         return self.trace.steps if self._recorded is None else self.trace.steps[: self._shown]
 
     @property
+    def playing(self) -> bool:
+        """Whether it steps by itself."""
+        return self._player.playing
+
+    @property
     def core(self) -> EngineCore:
         """The engine core that runs. InputError where a trace is replayed."""
         return self._live().core
@@ -118,22 +118,24 @@ class Monitor(Panel):
         return f"Batching monitor: {self._traffic.source.name} ({self._traffic.source.kind})"
 
     def draw_controls(self) -> Markup:
-        return draw.controls(self.playing, self.speed, self._traffic is None)
+        return draw.controls(self.playing, self._player.speed, self._traffic is None)
 
     def draw_knobs(self) -> Markup:
         return draw.knobs(None if self._traffic is None else self._traffic.knobs, self.trace)
 
     def draw_status(self) -> Markup:
-        return draw.status(self.trace, self.steps, self._looked(), self._note)
+        return draw.status(*self._view(), self._note)
 
     def draw_timeline(self) -> Markup:
-        if not self.steps:
+        trace, steps, looked = self._view()
+        if not steps:
             return Markup("")
         prompts = {} if self._traffic is None else {s.name: s.prompt for s in self._traffic.submissions}
-        return timeline(self.trace, self.steps, self._looked(), prompts)
+        return timeline(trace, steps, looked, prompts)
 
     def draw_blocks(self) -> Markup:
-        return draw.block_map(self.trace, self.steps[self._looked()] if self.steps else None)
+        trace, steps, looked = self._view()
+        return draw.block_map(trace, steps[looked] if steps else None)
 
     def draw_submit(self) -> Markup:
         return Markup("") if self._traffic is None else draw.submit("")
@@ -141,7 +143,8 @@ class Monitor(Panel):
     def draw_requests(self) -> Markup:
         if self._traffic is None:
             return Markup("")
-        last = self.steps[-1].sequences if self.steps else ()
+        _, steps, _ = self._view()
+        last = steps[-1].sequences if steps else ()
         return draw.requests(self._traffic, {s.name: MEANINGS[s.state][1].partition(":")[0] for s in last})
 
     def draw_problem(self) -> str:
@@ -208,71 +211,65 @@ class Monitor(Panel):
         self.refresh()
 
     def play(self) -> None:
-        """Step by itself, `speed` steps a second, until nothing is left to do; returns at once."""
-        with self._wake:
-            self.playing, self.looked = True, None
-            self._wake_up()
+        """Step by itself, at the speed that the slider says, until nothing is left to do; returns at once."""
+        with self.lock:
+            self.on_play("", None)
         self.refresh("controls")
 
     def pause(self) -> None:
-        with self._wake:
-            self.playing = False
-            self._wake.notify_all()
+        """Stop playing after the step that runs."""
+        with self.lock:
+            self._player.pause()
         self.refresh("controls")
 
     def close(self) -> None:
         """Stop, and free what runs."""
-        with self._wake:
-            self._closed, self.playing = True, False
-            self._wake.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        self._closed = True
+        self._player.close()
         if self._traffic is not None:
             self._traffic.close()
 
     # What the page's controls do. A step may take a while, so the worker does it.
 
     def on_play(self, key: str, value: Any) -> list[str]:
-        self.playing, self.looked = True, None
-        self._wake_up()
+        self.looked = None
+        self._player.play()
         return ["controls"]
 
     def on_pause(self, key: str, value: Any) -> list[str]:
-        self.playing = False
-        self._wake.notify_all()
+        self._player.pause()
         return ["controls"]
 
     def on_step(self, key: str, value: Any) -> list[str]:
         self.looked = None
-        self._later(self._step)
+        self._player.later(self._step)
         return []
 
     def on_again(self, key: str, value: Any) -> list[str]:
-        self._later(self._restart)
+        self._player.later(self._restart)
         return []
 
     def on_clear(self, key: str, value: Any) -> list[str]:
-        self._later(lambda: self._restart(forget=True))
+        self._player.later(lambda: self._restart(forget=True))
         return []
 
     def on_knob(self, key: str, value: Any) -> list[str]:
         if key in ("max_num_seqs", "max_tokens_per_step", "kv_blocks"):
             number = int(value) if isinstance(value, float) and value.is_integer() else value
             changed: dict[str, Any] = {key: number}
-            self._later(lambda: self._restart(**changed))
+            self._player.later(lambda: self._restart(**changed))
         return []
 
     def on_prefix(self, key: str, value: Any) -> list[str]:
-        self._later(lambda: self._restart(prefix_cache=bool(value)))
+        self._player.later(lambda: self._restart(prefix_cache=bool(value)))
         return []
 
     def on_batching(self, key: str, value: Any) -> list[str]:
-        self._later(lambda: self._restart(batching=value))
+        self._player.later(lambda: self._restart(batching=value))
         return []
 
     def on_speed(self, key: str, value: Any) -> list[str]:
-        self.speed = min(max(float(value), 0.1), 100.0)
-        self._wake.notify_all()
+        self._player.set_speed(float(value))
         return ["controls"]
 
     def on_look(self, key: str, value: Any) -> list[str]:
@@ -310,7 +307,7 @@ class Monitor(Panel):
         with self.lock:
             self._note = "" if record is not None else self._nothing()
             if record is None:
-                self.playing = False
+                self._player.pause()
         return record
 
     def _nothing(self) -> str:
@@ -325,49 +322,20 @@ class Monitor(Panel):
         with self.lock:
             self.looked, self._note = None, ""
 
-    def _later(self, task: Callable[[], object]) -> None:
-        self._todo.append(task)
-        self._wake_up()
-
-    def _wake_up(self) -> None:
-        if self._closed:
-            raise InputError("this monitor was closed: make a new one")
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="llmlab-monitor", daemon=True)
-            self._thread.start()
-        self._wake.notify_all()
-
-    def _work(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._closed or self._todo or self.playing)
-                if self._closed:
-                    return
-                task = self._todo.popleft() if self._todo else None
-            self._do(task or self._step, all_regions=task is not None)
-            with self._wake:
-                if self.playing:
-                    self._wake.wait_for(lambda: self._closed or self._todo or not self.playing, 1 / self.speed)
-
-    def _do(self, task: Callable[[], object], *, all_regions: bool) -> None:
-        problem = ""
-        try:
-            task()
-        except LlmlabError as error:
-            problem = str(error)
-        except Exception as error:  # a bug of ours, such as books that don't balance; the panel has to say so
-            problem = f"{type(error).__name__}: {error}"
+    def _done(self, of_task: bool, problem: str) -> None:
+        """After a step or a task of the player."""
         with self.lock:
             before, self.problem = self.problem, problem
-            self.playing = self.playing and not problem
-            regions = [*_CHANGING, "controls"] if not self.playing else list(_CHANGING)
-            regions += ["knobs"] if all_regions else []
+            regions = [*_CHANGING, *([] if self.playing else ["controls"]), *(["knobs"] if of_task else [])]
             regions += ["problem"] if before or problem else []
         self.refresh(*regions)
 
-    def _looked(self) -> int:
-        last = len(self.steps) - 1
-        return last if self.looked is None else min(self.looked, last)
+    def _view(self) -> tuple[Trace, list[StepRecord], int]:
+        """Trace, steps done, and index of the one that is looked at, of one moment: another thread may begin again."""
+        trace = self.trace
+        steps = trace.steps if self._recorded is None else trace.steps[: self._shown]
+        last = len(steps) - 1
+        return trace, steps, last if self.looked is None else min(self.looked, last)
 
     def _live(self) -> Traffic:
         if self._traffic is None:
