@@ -8,7 +8,7 @@ from typing import Any
 
 from playwright.sync_api import Locator, Page, expect
 
-from browser.lab_server import LabServer
+from browser.lab_server import LOCAL, LabServer
 
 SECOND = 1000
 
@@ -44,7 +44,7 @@ class LabPage:
         self.outside: set[str] = set()
         self.expected: list[str] = []
         """Patterns of browser errors that a test brings about on purpose."""
-        ours = (server.url, f"ws://127.0.0.1:{server.port}", "data:", "blob:", "file:", "about:")
+        ours = (server.url, f"ws://{LOCAL}:{server.port}", "data:", "blob:", "file:", "about:")
         page.on("request", lambda r: None if r.url.startswith(ours) else self.outside.add(r.url))
         page.on("console", lambda m: self.errors.append(m.text[:500]) if m.type == "error" else None)
         page.on("pageerror", lambda error: self.errors.append(str(error)[:500]))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import nbformat
 
+LOCAL = "127.0.0.1"
+
 
 class LabServer:
     """JupyterLab over an empty folder, on a free port. folder: its notebooks; url: where it is; token: its password."""
@@ -21,9 +23,9 @@ class LabServer:
         self.folder = folder / "notebooks"
         self.folder.mkdir(parents=True)
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind((LOCAL, 0))
             self.port = free.getsockname()[1]
-        self.token, self.url = secrets.token_hex(8), f"http://127.0.0.1:{self.port}"
+        self.token, self.url = secrets.token_hex(8), f"http://{LOCAL}:{self.port}"
         own = {
             name: str(folder / name.lower())
             for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
@@ -39,7 +41,7 @@ class LabServer:
         options = [
             "--no-browser",
             "--allow-root",
-            "--ServerApp.ip=127.0.0.1",
+            f"--ServerApp.ip={LOCAL}",
             f"--ServerApp.port={self.port}",
             "--ServerApp.port_retries=0",
             f"--IdentityProvider.token={self.token}",

