@@ -1,17 +1,14 @@
 """What products and norms of whole layers take one after the other in a CUDA graph, which is not the sum of what each takes alone.
 
-    python benchmarks/gpu_layers.py [--rows 1,8,64] [--weights float16,int8x8] [--json FILE]
+    python benchmarks/gpu_layers.py [--rows 1,8,24,64] [--weights float16,int8x8] [--json FILE]
 
-Layers of Llama-2-7B's sizes, without attention, each with weights of its own, launched as an engine launches them. `early`: kernels start
-while the one before ends, as they were compiled; `late`: none does. `thin`: at 5 to 16 rows float16 products in tiles of 16 rows,
-instead of those for 64. Microseconds a layer, the best of three medians, the ways interleaved.
+Layers of Llama-2-7B's sizes, without attention, each with weights of its own, launched as an engine launches them. `as built`: kernels start
+while the one before ends where they gain by it; `late`: none does. Microseconds a layer, the best of three medians, the ways interleaved.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -24,17 +21,14 @@ from tables import show
 from llmlab.cuda import Device, Stream
 from llmlab.kernels.binaries import KernelSet
 from llmlab.kernels.compile import compile_kernels, norm_source
-from llmlab.kernels.gpu import launch_product
 from llmlab.kernels.gpu.launch_norm import NormKind
-from llmlab.kernels.gpu.launch_product import ProductKind, Tile
+from llmlab.kernels.gpu.launch_product import ProductKind
 from llmlab.kernels.norms import NormPointers, RowNorm
 from llmlab.kernels.product_sources import product_sources
 from llmlab.kernels.products import Product, ProductPointers
 
 HALF, LAYERS = "float16", 16
 HIDDEN, INNER = 4096, 11008
-THIN = (Tile(16, 64, 64, 4, 8, True), Tile(16, 128, 64, 8, 6, True), Tile(16, 128, 128, 8, 3, True))
-"""For few columns, for many, and with a gate: the fastest alone, for a weight that is read again and again."""
 
 
 def kinds(weights: str) -> dict[str, ProductKind]:
@@ -48,24 +42,8 @@ def kinds(weights: str) -> dict[str, ProductKind]:
     }
 
 
-@contextmanager
-def cut_thin(thin: bool) -> Iterator[None]:
-    cuts = launch_product.CUTS["16 bits"]
-    whole = dict(cuts)
-
-    def put(these: dict[int, Any]) -> None:
-        cuts.clear()
-        cuts.update(sorted(these.items()))
-
-    put({16: THIN, **whole} if thin else whole)
-    try:
-        yield
-    finally:
-        put(whole)
-
-
-def as_launched(kernels: KernelSet, early: bool) -> KernelSet:
-    if early:
+def as_launched(kernels: KernelSet, late: bool) -> KernelSet:
+    if not late:
         return kernels
     return KernelSet(replace(k, constants={**k.constants, "EARLY": False}) for k in kernels.kernels)
 
@@ -129,13 +107,10 @@ def us_a_layer(graph: Any, repeats: int = 30) -> float:
 
 def measured(weights: str, rows: int, device: Device, architecture: int) -> list[dict[str, Any]]:
     layers, graphs = Layers(weights, rows), {}
-    for thin in (False, True) if weights == HALF and 4 < rows <= 16 else (False,):
-        with cut_thin(thin):
-            sources = [s for kind in layers.kinds.values() for s in product_sources(kind, rows)]
-            kernels = compile_kernels([*sources, norm_source(layers.norm)], [architecture])
-            for early in (True, False):
-                way = ("early" if early else "late") + (", thin" if thin else "")
-                graphs[way] = layers.capture(as_launched(kernels, early), device)
+    sources = [s for kind in layers.kinds.values() for s in product_sources(kind, rows)]
+    kernels = compile_kernels([*sources, norm_source(layers.norm)], [architecture])
+    for way in ("as built", "late"):
+        graphs[way] = layers.capture(as_launched(kernels, way == "late"), device)
     best = dict.fromkeys(graphs, float("inf"))
     for _ in range(3):
         for way, graph in graphs.items():
@@ -145,7 +120,7 @@ def measured(weights: str, rows: int, device: Device, architecture: int) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 64])
+    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 24, 64])
     parser.add_argument("--weights", type=lambda text: text.split(","), default=[HALF, "int8x8"])
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     given = parser.parse_args()

@@ -34,8 +34,16 @@ def product_source(kind: ProductKind, name: str, launch: Launch) -> KernelSource
     aligned = ("x", "weight", "scale", "bias", "add", "out", "depth", "x_stride")
     hints = (*aligned, "width") if labels["ALIGNED_WIDTH"] else aligned
     function = f"llmlab.kernels.gpu.product:{name}"
-    late = {"EARLY": False} if kind.x and name == "product_rows" else {}  # x is made int8 just before
+    late = {"EARLY": False} if _starts_late(kind, name, launch) else {}
     return KernelSource(function, types, {**launch.constants, **late}, launch.options, null, hints, labels)
+
+
+def _starts_late(kind: ProductKind, name: str, launch: Launch) -> bool:
+    """Whether a product loses by starting before the kernel in front is over (`benchmarks/gpu_layers.py`): rows whose x is made
+    int8 just before, and tiles of few rows beside weights of 16 bits, whose many stages take the shared memory of what still runs."""
+    if name == "product_rows":
+        return bool(kind.x)
+    return kind.bits == 16 and launch.constants["BLOCK_ROWS"] <= 32
 
 
 def _widen_source(kind: ProductKind) -> KernelSource:

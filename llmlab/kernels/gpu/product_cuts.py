@@ -39,6 +39,8 @@ CUTS: dict[str, dict[int, tuple[_Cut, _Cut, _Cut]]] = {
     "16 bits": {
         1: (Vector(1, 1, 8, 2), Vector(1, 1, 8, 2), Vector(1, 1, 8)),
         2: (Vector(2, 2, 2), Tile(16, 128, 64, 8, 6, True), Tile(16, 128, 128, 8, 3, True)),
+        16: (Tile(16, 64, 64, 4, 8, True), Tile(16, 128, 64, 8, 6, True), Tile(16, 128, 128, 8, 3, True)),
+        32: (Tile(32, 16, 256, 2, 4), Tile(32, 64, 128, 4, 4, True), Tile(32, 128, 128, 8, 3, True)),
         64: (Tile(64, 32, 128, 4, 8), Tile(64, 64, 64, 4, 6, True), Tile(64, 64, 64, 4, 4, True)),
         128: (Tile(128, 32, 128, 4, 4), Tile(128, 128, 64, 8, 6, True), Tile(128, 64, 64, 4, 6, True)),
         256: (Tile(128, 64, 64, 4, 5, True), Tile(256, 128, 64, 8, 4, True), Tile(128, 64, 64, 4, 4, True)),
