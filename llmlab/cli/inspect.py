@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,6 +30,17 @@ def inspect(
     architectures: Annotated[
         bool, typer.Option("--architectures", help="Show the model families that were measured against transformers.")
     ] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="What an engine runs, layer by layer, and how long each takes.")
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PAGE",
+            help="Write what a notebook would show of a graph or an engine as a page.",
+            show_default=False,
+        ),
+    ] = None,
     weights_from: options.WeightsFrom = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
@@ -45,13 +57,22 @@ def inspect(
     `--passes` takes a checkpoint, a plain graph or nothing (tinychat), builds an engine with all passes and one without
     each of them, and measures their steps in turn. A pass without which the model is refused is *required*.
 
-    **Examples:** `llmlab inspect engines/tinychat`, `llmlab inspect graphs/serving --why layers.0.self_attn`,
+    `--layers` runs an engine's steps and says which nodes of the serving graph each layer computes, in which precision, and how
+    long it takes. `--html` writes that, or a graph with its layers and blocks, as a page of its own.
+
+    **Examples:** `llmlab inspect engines/tinychat`, `llmlab inspect engines/tinychat --layers --html page.html`, `llmlab inspect graphs/serving --why layers.0.self_attn`,
     `llmlab inspect graphs/plain --diff graphs/serving`, `llmlab inspect --passes tinychat`, `llmlab inspect --architectures`
     """
     from llmlab.cli import show
 
     show.check_one_of(
-        {"--why": why, "--diff": diff, "--passes": passes or None, "--architectures": architectures or None}
+        {
+            "--why": why,
+            "--diff": diff,
+            "--passes": passes or None,
+            "--architectures": architectures or None,
+            "--layers": layers or None,
+        }
     )
     if passes:
         show.passes(path or "tinychat", config=config, weights_from=weights_from, threads=threads, as_json=as_json)
@@ -61,6 +82,8 @@ def inspect(
         show.architectures(as_json=as_json)
     elif path is None:
         raise InputError("give a checkpoint, a graph or an engine to look at; see llmlab inspect --help")
+    elif layers or html is not None:
+        show.panel(path, html, weights_from=weights_from, threads=threads, layers=layers, as_json=as_json)
     elif why is not None:
         show.found(show.graph_folder(path, weights_from).why(why), as_json=as_json)
     elif diff is not None:

@@ -17,6 +17,7 @@ from llmlab.errors import InputError
 
 if TYPE_CHECKING:
     from llmlab.checkpoint import Checkpoint
+    from llmlab.evaluate.layers.model import EngineLayers
     from llmlab.graph.graph import Graph
     from llmlab.graph.reports.diff import GraphDiff
     from llmlab.graph.reports.why import Why
@@ -67,7 +68,27 @@ def check_one_of(options: dict[str, object]) -> None:
         raise InputError(f"{' and '.join(given)} exclude each other: give one of them")
 
 
-def found(answer: GraphDiff | Why, *, as_json: bool) -> None:
+def panel(
+    path: str, page: Path | None, *, weights_from: Path | None, threads: int | None, layers: bool, as_json: bool
+) -> None:
+    """The layers of an engine in a terminal, and a panel of an engine or a graph as a page."""
+    from llmlab.evaluate.layers.measure import layers as layers_of
+    from llmlab.runtime.manifest import MANIFEST
+    from llmlab.widgets.inspect import inspect
+
+    is_engine = (Path(path).expanduser() / MANIFEST).is_file()
+    if layers and not is_engine:
+        raise InputError(f"{path} holds no engine: `llmlab build` writes one")
+    seen = layers_of(path, threads=threads) if is_engine else None
+    if page is not None:
+        inspect(seen or graph_folder(path, weights_from)).save(page)
+    if layers and seen is not None:
+        found(seen, as_json=as_json)
+    elif not as_json:
+        Console().print(f"wrote {page}", markup=False, highlight=False)
+
+
+def found(answer: GraphDiff | Why | EngineLayers, *, as_json: bool) -> None:
     """What was asked about a graph."""
     if as_json:
         _print_json(answer.to_dict())

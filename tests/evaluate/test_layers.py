@@ -146,7 +146,7 @@ def test_it_is_shown_and_given_as_data(seen) -> None:
     with console.capture() as captured:
         console.print(seen)
     text = captured.get()
-    assert "self_attn" in text and "decode, each" in text and "computed before it runs" in text
+    assert "self_attn" in text and "decode: share" in text and "computed before it runs" in text
 
 
 def test_groups_of_two_steps_join() -> None:

@@ -177,22 +177,22 @@ class EngineLayers:
         return f"EngineLayers({self.engine}, {self.target}, {len(self.layers)} layers{times})"
 
     def __str__(self) -> str:
-        return as_text(self, 110)
+        return as_text(self, 120)
 
     def __rich__(self) -> RenderableType:
         phases = self.phases
         total = {phase: sum(layer.seconds.get(phase, 0.0) for layer in self.layers) or 1.0 for phase in phases}
         table = Table(box=None, pad_edge=False)
-        for head in ("layer", "kind", "precision", "what runs"):
+        for head in ("layer", "precision", "what runs"):
             table.add_column(head, overflow="fold")
         for phase in phases:
-            table.add_column(f"{phase}, each", justify="right", no_wrap=True)
-            table.add_column("share", justify="right", no_wrap=True)
+            table.add_column(f"{phase}: share, each", justify="right", overflow="fold")
         for row in sorted(self.rows(), key=lambda r: -(r.seconds(phases[0]) or 0.0)) if phases else self.rows():
             only = "" if row.first.phases == PHASES else f" ({', '.join(row.first.phases)} alone)"
-            cells = [row.name + only, row.first.kind, row.first.dtype, " ".join(row.first.kernels)]
+            cells = [row.name + only, row.first.dtype, " ".join(row.first.kernels)]
             for phase in phases:
-                cells += [row.each(phase), f"{(row.seconds(phase) or 0) / total[phase]:.1%}" if row.each(phase) else ""]
+                seconds = row.seconds(phase)
+                cells.append("" if seconds is None else f"{seconds / total[phase]:.1%} {row.each(phase)}")
             table.add_row(*map(plain, cells))
         notes = [*self.notes, f"{len(self.folded)} nodes were computed before it runs, or are of no use"]
         return Group(plain(repr(self), "bold"), table, *map(plain, notes))

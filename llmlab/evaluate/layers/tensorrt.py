@@ -167,10 +167,32 @@ class _Reader:
             mine = tuple(names[n] for n in _nodes(layer, list(names)) if n in names)
             weights = sum(self._bytes(v) for v in layer.constants)
             moved = weights + sum(self._bytes(v) for v in (*layer.inputs, *layer.outputs))
+            if layer.kind.startswith("Plugin"):
+                ran.append(self._plugin(at, layer, mine))
+                continue
             matrix = _matrix(layer) if "product" in {kind_of((operator(n),)) for n in mine} else None
             flops = 2 * self._rows["T"] * matrix.shape[0] * matrix.shape[1] if matrix is not None else 0
             ran.append(_Ran(at, mine, _what(layer), _precision(layer), weights, moved, flops))
         return ran
+
+    def _plugin(self, at: int, layer: Layer, nodes: tuple[str, ...]) -> _Ran:
+        """Attention inside a plan: its pool is [2, blocks, kv_heads, tokens, channels], of which it touches the sequences' keys."""
+        looked, touched = self._steps.keys(self._phase)
+        pool = next((v for v in layer.inputs if len(v.shape) == 5), None)
+        rows = [v for v in (*layer.inputs, *layer.outputs) if len(v.shape) == 2]
+        width = layer.outputs[0].shape[-1] if layer.outputs else 0
+        cache = 0 if pool is None else 2 * pool.shape[2] * pool.shape[4] * BITS[self._kv.dtype] // 8 * touched
+        moved = cache + sum(map(self._bytes, rows))
+        dtype = _precision(layer)
+        return _Ran(
+            at,
+            nodes,
+            _what(layer),
+            dtype if dtype == self._kv.dtype else f"{dtype}, cache {self._kv.dtype}",
+            0,
+            moved,
+            4 * width * looked,
+        )
 
     def _of_phase(self, layers: Sequence[Layer]) -> list[Layer]:
         """Decode steps run the first optimization profile, prompts the last."""

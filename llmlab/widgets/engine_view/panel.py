@@ -153,6 +153,9 @@ def view_engines(*given: Engine | EngineLayers | str | Path, **options: Any) -> 
     """The view of one engine or of two; options are those of `llmlab.layers`, and what was measured before isn't measured again."""
     if not 1 <= len(given) <= 2:
         raise InputError(f"{len(given)} engines were given, expected one, or two of one model")
+    for what in given:
+        if not isinstance(what, (Engine, EngineLayers, str, Path)):
+            raise InputError(f"one is a {type(what).__name__}, expected an engine, or what llmlab.layers gave")
     engines = [g if isinstance(g, Engine) else Engine.load(g) for g in given if not isinstance(g, EngineLayers)]
     opened = iter(engines)
     found = [g if isinstance(g, EngineLayers) else layers(next(opened), **options) for g in given]
