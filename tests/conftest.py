@@ -22,6 +22,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 
 LONG = {
     "04_precision_lab.ipynb": 95,
+    "test_instruments.py": 90,
+    "test_panels_in_a_page.py": 60,
+    "test_exported_notebooks.py": 40,
     "test_architectures.py": 60,
     "test_fuzz.py": 40,
     "01_checkpoint_to_engine.ipynb": 32,
@@ -37,7 +40,7 @@ LONG = {
     "test_nemo.py": 18,
     "test_readme.py": 17,
 }
-"""Seconds that the longest files take, roughly. A notebook that isn't here counts as 60, another file as 5."""
+"""Seconds that the longest files take, roughly. A notebook that isn't here counts as 60; other files fill up."""
 
 
 @pytest.hookimpl(trylast=True)  # when those that don't run are gone
