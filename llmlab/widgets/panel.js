@@ -27,22 +27,26 @@ function render({ model, el }) {
       if (root) update(root, fresh);
       else el.replaceChildren((root = fresh));
       tell();
+      return [root];
     });
   }
 
   function patch(regions) {
     redraw(() => {
+      const changed = [];
       for (const [name, html] of Object.entries(regions)) {
         const region = root.querySelector(`:scope > [data-region="${CSS.escape(name)}"]`);
-        if (region) morph(region, parse(html));
+        if (!region) continue;
+        morph(region, parse(html));
+        changed.push(region);
       }
+      return changed;
     });
   }
 
   function redraw(change) {
     const kept = remember();
-    change();
-    settle();
+    for (const place of change()) settle(place);
     restore(kept);
     reveal();
   }
@@ -98,19 +102,20 @@ function render({ model, el }) {
     }
   }
 
-  // Controls show what Python says, whatever was done to them; but not while someone types or drags.
-  function settle() {
-    for (const control of root.querySelectorAll("[data-act]")) {
+  // Controls in a place that was drawn again show what Python says, but not while someone types or drags.
+  function settle(place) {
+    for (const control of place.querySelectorAll("[data-act]")) {
       const busy = control === document.activeElement && control.matches(TYPED);
       if (control.type === "checkbox") control.checked = control.defaultChecked;
-      else if (control.type === "range" && !moving.has(find(control))) control.value = control.defaultValue;
+      else if (control.type === "range" && moving.has(find(control))) moving.get(find(control)).drawn = control;
+      else if (control.type === "range") control.value = control.defaultValue;
       else if (control.matches("input[type=number]") && !busy) control.value = control.defaultValue;
       else if (control.matches("select")) for (const option of control.options) if (option.defaultSelected) option.selected = true;
     }
     // A tree or a row of buttons is one stop of the Tab key; arrow keys walk in it.
-    for (const place of root.querySelectorAll("[data-walk]")) {
-      const all = stops(place);
-      const here = all.find((stop) => stop === walked.get(place)) ?? all.find((stop) => stop.matches("[aria-selected=true], [aria-current]")) ?? all[0];
+    for (const walkable of place.querySelectorAll("[data-walk]")) {
+      const all = stops(walkable);
+      const here = all.find((stop) => stop === walked.get(walkable)) ?? all.find((stop) => stop.matches("[aria-selected=true], [aria-current]")) ?? all[0];
       for (const stop of all) stop.tabIndex = stop === here ? 0 : -1;
     }
   }
@@ -135,7 +140,7 @@ function render({ model, el }) {
     const { act, key } = control.dataset;
     const name = find(control);
     const known = moving.get(name);
-    if (known) moving.set(name, { number: known.number, act, key, value, again: true });
+    if (known) Object.assign(known, { act, key, value, again: true });
     else moving.set(name, { number: send(act, key, value) });
   }
 
@@ -148,7 +153,7 @@ function render({ model, el }) {
       if (last.number !== done) continue;
       moving.delete(name);
       if (last.again) moving.set(name, { number: send(last.act, last.key, last.value) });
-      else settle();
+      else if (last.drawn) last.drawn.value = last.drawn.defaultValue;
     }
     tell();
   }

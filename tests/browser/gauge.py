@@ -57,8 +57,13 @@ class Gauge(Panel):
         warmth = h("label", "Warmth ", h("input", type="number", name="warmth", value=1, step=0.1, data_draft="warmth"))
         form = h("form", field, warmth, h("button", "Send", type="submit"), class_="bar live-only", **control("send"))
         search = h("input", type="search", aria_label="Search", value="", **control("search"))
+        shift = slider("Shift", "shift", 0, 9, 0)
         return h(
-            "div", form, h("label", "Find ", search, class_="live-only"), h("ul", [h("li", line) for line in self.sent])
+            "div",
+            form,
+            shift,
+            h("label", "Find ", search, class_="live-only"),
+            h("ul", [h("li", line) for line in self.sent]),
         )
 
     def draw_tree(self):
@@ -123,6 +128,10 @@ class Gauge(Panel):
     def on_size(self, key, value):
         time.sleep(0.03)
         self.size, self.moves = min(float(value), 8.0), self.moves + 1
+        return ["bar"]
+
+    def on_shift(self, key, value):
+        self.count = int(value)
         return ["bar"]
 
     def on_kind(self, key, value):

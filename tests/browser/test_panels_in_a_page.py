@@ -51,7 +51,7 @@ def test_an_error_is_an_alert_until_the_next_action(gauge):
 
 
 def test_a_slider_can_be_dragged_while_its_region_is_drawn_again(gauge, opened):
-    bar = gauge.get_by_role("slider")
+    bar = gauge.get_by_role("slider", name="Size")
     box = bar.bounding_box()
     mouse, across = opened.page.mouse, box["y"] + box["height"] / 2
     mouse.move(box["x"] + box["width"] * 0.3, across)
@@ -67,7 +67,7 @@ def test_a_slider_can_be_dragged_while_its_region_is_drawn_again(gauge, opened):
 
 
 def test_a_slider_shows_what_python_made_of_it(gauge):
-    bar = gauge.get_by_role("slider")
+    bar = gauge.get_by_role("slider", name="Size")
     bar.focus()
     bar.press("End")
     gauge.settled()
@@ -76,6 +76,15 @@ def test_a_slider_shows_what_python_made_of_it(gauge):
     bar.press("ArrowLeft")
     gauge.settled()
     expect(bar).to_have_value("7")
+
+
+def test_a_slider_stays_where_its_own_region_is_not_drawn_again(gauge):
+    bar = gauge.get_by_role("slider", name="Shift")
+    bar.focus()
+    bar.press("End")
+    gauge.settled()
+    expect(gauge.locator("b")).to_have_text("9")
+    expect(bar).to_have_value("9")
 
 
 def test_ticks_and_choices_show_what_python_says(gauge, opened):
