@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import onnx_graphsurgeon as gs
 from markupsafe import Markup
@@ -24,7 +24,7 @@ _NOTES = 3
 def block(panel: Inspector, group: Group) -> Markup:
     rows = [row for row in group.rows if not (isinstance(row, Leaf) and row.node.op == "Constant")]
     shown = rows[:MOST]
-    boxes, arrows = parts(panel, group, shown)
+    boxes, arrows = parts(panel, shown)
     left = f"The first {len(shown)} of {len(rows)}; search finds the others." if len(rows) > len(shown) else ""
     hidden = sum(isinstance(row, Leaf) and row.node.op == "Constant" for row in group.rows)
     left += f" {hidden} Constant nodes aren't drawn." if hidden else ""
@@ -65,17 +65,27 @@ def _chooser(panel: Inspector, group: Group) -> Markup | None:
     return select(f"one of {len(here.fold.members)} alike:", "member", options, group.path)
 
 
-def parts(panel: Inspector, group: Group, rows: list[Leaf | Fold]) -> tuple[list[Box], list[Arrow]]:
-    """Boxes and arrows of the rows of a group, and of what they read from and hand to outside."""
-    key_of: dict[int, str] = {}
+class Edges(NamedTuple):
+    """What goes between rows: key of the row by node; tensors by pair of rows; those from outside with the rows that read them;
+    those that leave with the row that makes them."""
+
+    names: dict[int, str]
+    inner: dict[tuple[str, str], dict[int, gs.Tensor]]
+    inward: dict[int, tuple[gs.Tensor, dict[str, None]]]
+    outward: dict[int, tuple[gs.Tensor, str]]
+
+
+def edges(panel: Inspector, rows: Sequence[Leaf | Fold]) -> Edges:
+    """Look at each node of the rows once."""
+    names: dict[int, str] = {}
     for row in rows:
         for leaf in [row] if isinstance(row, Leaf) else row.leaves:
-            key_of[id(leaf.node)] = _key(panel, row)
+            names[id(leaf.node)] = key_of(panel, row)
     inner: dict[tuple[str, str], dict[int, gs.Tensor]] = {}
     inward: dict[int, tuple[gs.Tensor, dict[str, None]]] = {}
     outward: dict[int, tuple[gs.Tensor, str]] = {}
     for row in rows:
-        key = _key(panel, row)
+        key = key_of(panel, row)
         for leaf in [row] if isinstance(row, Leaf) else row.leaves:
             for tensor in leaf.node.inputs:
                 if isinstance(tensor, gs.Constant) or tensor.is_empty():
@@ -83,26 +93,32 @@ def parts(panel: Inspector, group: Group, rows: list[Leaf | Fold]) -> tuple[list
                 maker = tensor.inputs[0] if tensor.inputs else None
                 if maker is not None and maker.op == "Constant":
                     continue
-                source = key_of.get(id(maker)) if maker is not None else None
+                source = names.get(id(maker)) if maker is not None else None
                 if source is None:
                     inward.setdefault(id(tensor), (tensor, {}))[1][key] = None
                 elif source != key:
                     inner.setdefault((source, key), {})[id(tensor)] = tensor
             for tensor in leaf.node.outputs:
-                leaves = id(tensor) in panel.tree.outputs or any(id(r) not in key_of for r in tensor.outputs)
-                if (leaves and group.parent is not None) or id(tensor) in panel.tree.outputs:
+                leaves = id(tensor) in panel.tree.outputs or any(id(r) not in names for r in tensor.outputs)
+                if leaves:
                     outward[id(tensor)] = (tensor, key)
+    return Edges(names, inner, inward, outward)
+
+
+def parts(panel: Inspector, rows: list[Leaf | Fold]) -> tuple[list[Box], list[Arrow]]:
+    """Boxes and arrows of the rows of a group, and of what they read from and hand to outside."""
+    names, inner, inward, outward = panel.edges(rows)
     boxes = _sources(panel, inward)
     boxes += _boxes(panel, rows, inner, outward)
     arrows = [Arrow(a, b, [_said(t) for t in tensors.values()]) for (a, b), tensors in inner.items()]
     for tensor, readers in inward.values():
         arrows += [Arrow(_outside(readers), reader, [_said(tensor)]) for reader in readers]
-    goals = _goals(panel, key_of, outward)
+    goals = _goals(panel, names, outward)
     arrows += [Arrow(key, f"to {key}", [_said(t) for t, k in outward.values() if k == key]) for key in goals]
     return [*boxes, *(Box(f"to {key}", lines, kind="outside") for key, lines in goals.items())], arrows
 
 
-def _key(panel: Inspector, row: Leaf | Fold) -> str:
+def key_of(panel: Inspector, row: Leaf | Fold) -> str:
     return row.name if isinstance(row, Leaf) else panel.member(row).path
 
 
@@ -129,7 +145,9 @@ def _sources(panel: Inspector, inward: dict[int, tuple[gs.Tensor, dict[str, None
     return boxes
 
 
-def _goals(panel: Inspector, key_of: dict[int, str], outward: dict[int, tuple[gs.Tensor, str]]) -> dict[str, list[str]]:
+def _goals(
+    panel: Inspector, names_of: dict[int, str], outward: dict[int, tuple[gs.Tensor, str]]
+) -> dict[str, list[str]]:
     """Lines about who reads outside what each box makes."""
     goals: dict[str, dict[str, None]] = {}
     for tensor, key in outward.values():
@@ -137,7 +155,7 @@ def _goals(panel: Inspector, key_of: dict[int, str], outward: dict[int, tuple[gs
         if id(tensor) in panel.tree.outputs:
             names[f"output {tensor.name}"] = None
         for reader in tensor.outputs:
-            if id(reader) not in key_of and (leaf := panel.tree.by_id.get(id(reader))) is not None:
+            if id(reader) not in names_of and (leaf := panel.tree.by_id.get(id(reader))) is not None:
                 names[f"to {leaf.name}"] = None
     shown = {key: list(names) for key, names in goals.items() if names}
     return {
@@ -152,27 +170,29 @@ def _boxes(
     outward: dict[int, tuple[gs.Tensor, str]],
 ) -> list[Box]:
     overlay = panel.overlay
-    leaves = {_key(panel, row): [row] if isinstance(row, Leaf) else list(row.leaves) for row in rows}
     largest = 1.0
     if not isinstance(overlay, PrecisionOverlay):
-        largest = max((overlay.share(own, 1.0) for own in leaves.values()), default=0.0)
+        largest = max((overlay.at(row).value for row in rows), default=0.0)
         largest = panel.whole if overlay.name == "error" else largest
     boxes = []
     for row in rows:
-        key = _key(panel, row)
-        own = leaves[key]
-        number = overlay.shown(own)
+        key = key_of(panel, row)
+        number, value, color = overlay.at(row)
         if isinstance(overlay, PrecisionOverlay):
-            heat, color = (0.4, overlay.color(own)) if number else (0.0, "")
+            heat = 0.4 if number else 0.0
         else:
-            heat, color = overlay.share(own, largest), "var(--ll-5)"
+            heat, color = value / largest if largest else 0.0, "var(--ll-5)"
         if isinstance(row, Leaf):
             lines, kind, act = _leaf_lines(row), "weights" if row.prepares else "node", "box"
             out = [t for t in row.node.outputs if t.outputs or id(t) in panel.tree.outputs]
             title = row.name
         else:
             times = f" ×{len(row.members)}" if len(row.members) > 1 else ""
-            lines, kind, act = [row.label + times, f"{len(own):,} nodes"], "group", "enter"
+            lines, kind, act = (
+                [row.label + times, f"{sum(len(group.leaves) for group in row.members):,} nodes"],
+                "group",
+                "enter",
+            )
             found = {i: t for (a, _), tensors in inner.items() if a == key for i, t in tensors.items()}
             out = list((found | {i: t for i, (t, k) in outward.items() if k == key}).values())
             title = panel.member(row).path

@@ -26,9 +26,9 @@ def details(panel: Inspector) -> Markup:
 
 def _group(panel: Inspector, group: Group) -> Markup:
     rows = [
-        h("tr", h("th", overlay.label), h("td", overlay.shown(group.leaves)))
+        h("tr", h("th", overlay.label), h("td", overlay.at(group).text))
         for overlay in panel.overlays.values()
-        if overlay.shown(group.leaves)
+        if overlay.at(group).text
     ]
     ports: list[Markup] = []
     if group.parent is None:
@@ -47,9 +47,9 @@ def _node(panel: Inspector, leaf: Leaf) -> Markup:
     node = leaf.node
     operator = f"{node.domain}::{node.op}" if node.domain else node.op
     numbers = [
-        h("tr", h("th", overlay.label), h("td", overlay.shown([leaf])))
+        h("tr", h("th", overlay.label), h("td", overlay.at(leaf).text))
         for overlay in panel.overlays.values()
-        if overlay.shown([leaf])
+        if overlay.at(leaf).text
     ]
     attributes = [h("tr", h("th", key), h("td", attribute_text(value))) for key, value in sorted(node.attrs.items())]
     head = h("tr", *(h("th", name) for name in ("", "tensor", "type and shape", "bytes", "", "")))

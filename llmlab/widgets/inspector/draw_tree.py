@@ -42,7 +42,7 @@ def _row(panel: Inspector, depth: int, row: Group | Fold | Leaf) -> Markup:
             h("span", row.label, class_="mono"),
             h("small", f" {row.node.op}") if row.node.op not in row.label else None,
         ]
-        cells = [h("span", name, class_="label", title=row.name), _number(panel, [row])]
+        cells = [h("span", name, class_="label", title=row.name), _number(panel, row)]
         look = f"row leaf{' chosen' if chosen else ''}{' weights' if row.prepares else ''}"
         return h("div", cells, class_=look, **_chosen(chosen, row.name), **level, **control("pick", row.name))
     group = panel.member(row) if isinstance(row, Fold) else row
@@ -50,7 +50,7 @@ def _row(panel: Inspector, depth: int, row: Group | Fold | Leaf) -> Markup:
     chosen = group is panel.group and panel.leaf is None
     cells = [
         h("span", "▾ " if is_open else "▸ ", _label(row), class_="label", title=group.path or None),
-        _number(panel, list(row.leaves)),
+        _number(panel, row),
     ]
     return h(
         "div",
@@ -75,16 +75,16 @@ def _label(row: Group | Fold) -> list[Markup | str]:
     return [h("b", row.label), Markup(" "), times, h("small", f" {each}")]
 
 
-def _number(panel: Inspector, leaves: list[Leaf]) -> Markup:
+def _number(panel: Inspector, row: Group | Fold | Leaf) -> Markup:
     """The overlay's number, and a bar of its share."""
     overlay = panel.overlay
+    found = overlay.at(row)
     if isinstance(overlay, PrecisionOverlay):
-        color = overlay.color(leaves)
-        mark = h("span", class_="swatch", style=f"background:{color}") if color else None
-        return h("span", mark, overlay.shown(leaves).removeprefix("weights "), class_="value")
-    share = overlay.share(leaves, panel.whole)
+        mark = h("span", class_="swatch", style=f"background:{found.color}") if found.color else None
+        return h("span", mark, found.text.removeprefix("weights "), class_="value")
+    share = found.value / panel.whole if panel.whole else 0.0
     filled = h("span", h("span", style=f"width:{min(share, 1):.1%}"), class_="meter") if share else None
-    return h("span", overlay.shown(leaves), filled, class_="value")
+    return h("span", found.text, filled, class_="value")
 
 
 def typical_layer(panel: Inspector) -> Group:
@@ -106,12 +106,12 @@ def _static(panel: Inspector, row: Fold | Leaf, depth: int) -> Markup:
             h("code", row.label),
             h("small", f" {row.node.op}") if row.node.op not in row.label else None,
             Markup(" "),
-            _number(panel, [row]),
+            _number(panel, row),
         )
     group = panel.member(row)
     shown = group.rows[:_STATIC_LEAVES]
     more = h("div", h("small", f"… {len(group.rows) - len(shown)} more")) if len(group.rows) > len(shown) else None
     inside = [_static(panel, r, depth + 1) for r in shown] if depth < 3 else []
-    line = [*_label(row), Markup(" "), _number(panel, list(row.leaves))]
+    line = [*_label(row), Markup(" "), _number(panel, row)]
     is_open = depth == 1 and len(row.members) > 1
     return h("details", h("summary", line), h("div", inside, more, class_="inside"), open=is_open)

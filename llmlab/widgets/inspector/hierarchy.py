@@ -91,6 +91,7 @@ class Hierarchy:
         self.outputs = {id(t) for t in graph.outputs}
         self.root = Group("", title, list(self.leaves.values()))
         self._hashes = {id(leaf.node): _facts(leaf.node) for leaf in self.root.leaves}
+        self._places: dict[tuple[str, str], str] = {}
         self._split(self.root)
 
     def _split(self, group: Group) -> None:
@@ -136,6 +137,12 @@ class Hierarchy:
         module = leaf.name.rpartition("/")[0]
         if not module:
             return NO_MODULE if depth == 0 else group.path
+        known = self._places.get((group.path, module))
+        if known is None:
+            known = self._places[group.path, module] = self._find_place(leaf, module, group, depth)
+        return known
+
+    def _find_place(self, leaf: Leaf, module: str, group: Group, depth: int) -> str:
         if depth == 0:
             return layer_of(leaf.name)
         if depth == 1:

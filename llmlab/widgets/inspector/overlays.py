@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import onnx_graphsurgeon as gs
 
 from llmlab.graph.reports.fold import natural
 from llmlab.widgets.inspector.flops import COUNTED, flops
-from llmlab.widgets.inspector.hierarchy import Leaf
+from llmlab.widgets.inspector.hierarchy import Fold, Group, Leaf
 from llmlab.widgets.inspector.sizes import bytes_text, is_weight, number_text, parameters, time_text, type_of
 
 COLORS = ("--ll-0", "--ll-1", "--ll-2", "--ll-3", "--ll-4", "--ll-5", "--ll-6", "--ll-7")
+
+
+class Sum(NamedTuple):
+    """What an overlay says of a part of the graph: as text, as a number to compare, and its colour."""
+
+    text: str
+    value: float
+    color: str
 
 
 @dataclass
@@ -27,6 +36,18 @@ class Overlay:
     values: Mapping[str, float]
     text: Callable[[float], str]
     missing: str = ""
+    known: dict[int, Sum] = field(default_factory=dict, repr=False)
+
+    def at(self, row: Leaf | Fold | Group) -> Sum:
+        """The sum over a row of the tree, computed once."""
+        if id(row) not in self.known:
+            leaves = [row] if isinstance(row, Leaf) else list(row.leaves)
+            self.known[id(row)] = Sum(self.shown(leaves), self.share(leaves, 1.0), self.color(leaves))
+        return self.known[id(row)]
+
+    def color(self, leaves: Iterable[Leaf]) -> str:
+        """A colour of its own, where there is one."""
+        return ""
 
     def of(self, leaves: Iterable[Leaf]) -> float:
         """The sum over nodes."""
@@ -124,30 +145,29 @@ def constant_bytes(leaves: Iterable[Leaf]) -> tuple[dict[str, float], dict[str, 
 def overlays(leaves: list[Leaf], context: int) -> dict[str, Overlay]:
     """Those that a graph alone has; times and errors are `time_overlay` and `error_overlay`."""
     sizes, counts, types = constant_bytes(leaves)
-    operations = {leaf.name: value for leaf in leaves if not leaf.prepares and (value := flops(leaf.node, context))}
     results = {leaf.name: type_of(leaf.node.outputs[0]) for leaf in leaves if leaf.node.outputs}
     made = [
         Overlay("bytes", "bytes of weights", "constants, each counted where it is first read", sizes, bytes_text),
         Overlay("parameters", "parameters", "numbers in weights, without scales and tables", counts, number_text),
-        Overlay(
-            "flops",
-            "operations per token",
-            f"floating-point operations of one token at a context of {context:,}, of {', '.join(COUNTED)}; others aren't counted",
-            operations,
-            lambda value: number_text(value, "FLOP"),
-        ),
+        flops_overlay(leaves, context),
         PrecisionOverlay(
             "precision",
             "precision",
             "types of weights by bytes, else of what comes out",
             sizes,
             bytes_text,
-            "",
-            types,
-            results,
+            types=types,
+            activations=results,
         ),
     ]
     return {overlay.name: overlay for overlay in made}
+
+
+def flops_overlay(leaves: Iterable[Leaf], context: int) -> Overlay:
+    """Operations of one token that attends to `context` keys."""
+    says = f"floating-point operations of one token at a context of {context:,}, of {', '.join(COUNTED)}; others aren't counted"
+    counts = {leaf.name: value for leaf in leaves if not leaf.prepares and (value := flops(leaf.node, context))}
+    return Overlay("flops", "operations per token", says, counts, lambda value: number_text(value, "FLOP"))
 
 
 def time_overlay(seconds: Mapping[str, float], phase: str = "", missing: str = "") -> Overlay:
@@ -169,4 +189,4 @@ def error_overlay(found: Mapping[str, tuple[float, float]], missing: str = "") -
     """(squared error, squared weight) by the name of the node that dequantizes it."""
     says = "‖W − quantized W‖ / ‖W‖ against the reference graph"
     errors, norms = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
-    return ErrorOverlay("error", "quantization error", says, errors, number_text, missing, norms)
+    return ErrorOverlay("error", "quantization error", says, errors, number_text, missing, norms=norms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import onnx_graphsurgeon as gs
@@ -15,7 +15,7 @@ from llmlab.graph.graph import Graph
 from llmlab.widgets.inspector import draw_bar, draw_block, draw_details, draw_tree
 from llmlab.widgets.inspector.errors import weight_errors
 from llmlab.widgets.inspector.hierarchy import Fold, Group, Hierarchy, Leaf
-from llmlab.widgets.inspector.overlays import Overlay, error_overlay, overlays, time_overlay
+from llmlab.widgets.inspector.overlays import Overlay, error_overlay, flops_overlay, overlays, time_overlay
 from llmlab.widgets.inspector.search import Hit, Index
 from llmlab.widgets.inspector.sizes import bytes_text, number_text
 from llmlab.widgets.inspector.values import Histogram, histogram, is_slow, sample, sample_quantized
@@ -48,7 +48,6 @@ class Inspector(Panel):
         kind = "quantized " if graph.recipe else ""
         self.tree = Hierarchy(graph.surgeon, f"{kind}{graph.kind} {graph.config.model_type}")
         self.leaves = list(self.tree.leaves.values())
-        self.index = Index(self.leaves)
         self.context = 1024
         self.overlays = overlays(self.leaves, self.context)
         self.overlays["time"] = time_overlay(dict(times or {}))
@@ -67,6 +66,8 @@ class Inspector(Panel):
         self.found = 0
         self.is_static = False
         self.working = ""
+        self._index: Index | None = None
+        self._edges: dict[tuple[str, ...], draw_block.Edges] = {}
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
         self._weigh()
@@ -74,7 +75,7 @@ class Inspector(Panel):
     def title(self) -> str:
         nodes = f"{len(self.leaves):,} node{'' if len(self.leaves) == 1 else 's'}"
         sizes = (self.overlays["bytes"], bytes_text), (self.overlays["parameters"], number_text)
-        size, count = (text(overlay.of(self.leaves)) for overlay, text in sizes)
+        size, count = (text(overlay.at(self.tree.root).value) for overlay, text in sizes)
         return f"{self.tree.root.label} graph: {nodes}, {count} parameters, {size}"
 
     # What the tree shows
@@ -112,6 +113,13 @@ class Inspector(Panel):
         self.unfolded |= around
         if len(self.rows()) > MOST_ROWS:
             self.unfolded = around
+
+    def edges(self, rows: Sequence[Leaf | Fold]) -> draw_block.Edges:
+        """What goes between these rows, in and out; found once."""
+        key = tuple(draw_block.key_of(self, row) for row in rows)
+        if key not in self._edges:
+            self._edges[key] = draw_block.edges(self, rows)
+        return self._edges[key]
 
     def find_group(self, path: str) -> Group:
         if path not in self.tree.groups:
@@ -167,7 +175,9 @@ class Inspector(Panel):
 
     def on_search(self, key: str, value: Any) -> Iterable[str]:
         self.query = str(value or "")
-        self.hits, self.found = self.index.find(self.query)
+        if self._index is None:
+            self._index = Index(self.leaves)
+        self.hits, self.found = self._index.find(self.query)
         return ("hits",)
 
     def on_overlay(self, key: str, value: Any) -> Iterable[str] | None:
@@ -182,7 +192,7 @@ class Inspector(Panel):
     def on_context(self, key: str, value: Any) -> Iterable[str]:
         """The context length, as a power of two."""
         self.context = 2 ** max(0, min(int(value), 20))
-        self.overlays["flops"] = overlays(self.leaves, self.context)["flops"]
+        self.overlays["flops"] = flops_overlay(self.leaves, self.context)
         self.overlay = self.overlays[self.overlay.name]
         self._weigh()
         return ("legend", "tree", "picture", "details")
@@ -297,9 +307,9 @@ class Inspector(Panel):
     def _weigh(self) -> None:
         """What a full bar means: the whole model, or for errors the largest."""
         if self.overlay.name == "error":
-            self.whole = max((self.overlay.share([leaf], 1.0) for leaf in self.leaves), default=0.0)
+            self.whole = max((self.overlay.at(leaf).value for leaf in self.leaves), default=0.0)
         else:
-            self.whole = self.overlay.of(self.leaves)
+            self.whole = self.overlay.at(self.tree.root).value
 
     # Drawing
 

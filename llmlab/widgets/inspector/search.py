@@ -11,7 +11,7 @@ from llmlab.graph.reports.fold import fold
 from llmlab.widgets.inspector.hierarchy import Leaf
 
 SHOWN = 40
-_LOOKED_AT = 4000
+_LOOKED_AT = 1000
 KINDS = ("operator", "node", "weight", "tensor")
 
 
