@@ -135,7 +135,8 @@ def in_browser(panel: Panel, given: list[tuple[str, tuple[Any, ...]]]) -> list[R
     """The same actions in Chromium: the page's own code, a message to Python and back, the redrawn regions."""
     from playwright.sync_api import sync_playwright
 
-    script = CSS.with_name("panel.js").read_text().replace("export default { render };", "globalThis.render = render;")
+    source = "".join(CSS.with_name(name).read_text("utf-8") for name in ("morph.js", "panel.js"))
+    script = source.replace("export default { render };", "globalThis.render = render;")
     page_html = f"<!doctype html><meta charset='utf-8'><style>{CSS.read_text()}</style><div id='here'></div>"
     bridge = """(html) => {
         let receive;

@@ -6,7 +6,6 @@
 // data-follow its end), data-reveal (scrolled to once), details[data-keep], data-walk (arrow keys: column or row), data-copy.
 // Attributes of the root tell tests what is going on: data-waiting (actions without an answer), data-latency (ms, last).
 
-const VALUED = "input, select, textarea";
 const TYPED = "textarea, input:not([type=range], [type=checkbox], [type=radio])";
 const SLOW = 600; // ms without an answer until the panel says that it waits
 
