@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,29 @@ def test_the_same_seed_gives_the_same_weights(store: Store, tmp_path: Path) -> N
     first, again, cached = weights(), weights(), weights(cache=tmp_path / "cache")
     assert all(np.array_equal(a, b) and np.array_equal(a, c) for a, b, c in zip(first, again, cached, strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(cached, weights(cache=tmp_path / "cache"), strict=True))
+
+
+def test_options_of_the_command_line_reach_the_functions(store: Store, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from llmlab import cli
+
+    store.serving("llama")
+    runner, graph = CliRunner(), str(store.folder / "llama.serving")
+    chats = tmp_path / "texts.jsonl"
+    chats.write_text("".join(f"{ids}\n" for ids in np.random.default_rng(0).integers(3, 96, (8, 48)).tolist()))
+    asked = ["--calibration", str(chats), "--cache", str(tmp_path / "kept")]
+    done = runner.invoke(cli.app, ["quantize", graph, "int4_gptq_g16", *asked, "-o", str(tmp_path / "graph")])
+    assert done.exit_code == 0, done.output
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*") if p.is_file()}
+    engine = ["build", graph, "--quantize", "int4_gptq_g16", *asked, "-o", str(tmp_path / "engine")]
+    built = runner.invoke(cli.app, [*engine, "--accuracy-level", "1", "--prefill", "int8", "--json"])
+    assert built.exit_code == 0, built.output
+    assert json.loads(built.stdout)["manifest"]["products"] == {"accuracy_level": 1, "prefill": "int8"}
+    again = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*") if p.is_file()}
+    assert kept and again == kept, "what the first one found is used"
+    shown = runner.invoke(cli.app, ["inspect", str(tmp_path / "engine")])
+    assert "accuracy level 1, prefill in int8" in shown.stdout
 
 
 def test_recipes_may_differ_inside_a_product(store: Store) -> None:

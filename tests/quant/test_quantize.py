@@ -234,29 +234,6 @@ def test_the_command_line(store: Store, tmp_path: Path) -> None:
     assert refused.exit_code == 2 and "nearest: int4_rtn" in refused.stderr and not (tmp_path / "none").exists()
 
 
-def test_options_of_the_command_line_reach_the_functions(store: Store, tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from llmlab import cli
-
-    store.serving("llama")
-    runner, graph = CliRunner(), str(store.folder / "llama.serving")
-    chats = tmp_path / "texts.jsonl"
-    chats.write_text("".join(f"{ids}\n" for ids in np.random.default_rng(0).integers(3, 96, (8, 48)).tolist()))
-    asked = ["--calibration", str(chats), "--cache", str(tmp_path / "kept")]
-    done = runner.invoke(cli.app, ["quantize", graph, "int4_gptq_g16", *asked, "-o", str(tmp_path / "graph")])
-    assert done.exit_code == 0, done.output
-    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*") if p.is_file()}
-    engine = ["build", graph, "--quantize", "int4_gptq_g16", *asked, "-o", str(tmp_path / "engine")]
-    built = runner.invoke(cli.app, [*engine, "--accuracy-level", "1", "--prefill", "int8", "--json"])
-    assert built.exit_code == 0, built.output
-    assert json.loads(built.stdout)["manifest"]["products"] == {"accuracy_level": 1, "prefill": "int8"}
-    again = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*") if p.is_file()}
-    assert kept and again == kept, "what the first one found is used"
-    shown = runner.invoke(cli.app, ["inspect", str(tmp_path / "engine")])
-    assert "accuracy level 1, prefill in int8" in shown.stdout
-
-
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
