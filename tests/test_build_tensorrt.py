@@ -13,7 +13,7 @@ from conftest import Store
 
 import llmlab as ll
 from llmlab.errors import EngineError, InputError
-from llmlab.evaluate.layers.tensorrt import _nodes, _profiles
+from llmlab.evaluate.layers.tensorrt_steps import nodes_of, profiles_of
 from llmlab.kernels.binaries import KernelSet
 from llmlab.runtime.backends.tensorrt.open import read_program
 from llmlab.runtime.backends.tensorrt.weights import find_weights
@@ -101,7 +101,7 @@ def test_layers_of_a_listing_belong_to_a_profile() -> None:
         layer("plugin [profile 1]"),
         layer("constant 2"),
     ]
-    assert _profiles(given) == [0, 0, 0, 1, 1, 1, 1]
+    assert profiles_of(given) == [0, 0, 0, 1, 1, 1, 1]
 
 
 def test_layers_of_an_old_tensorrt_say_by_name_what_they_compute() -> None:
@@ -112,7 +112,7 @@ def test_layers_of_an_old_tensorrt_say_by_name_what_they_compute() -> None:
         ("{ForeignNode[other...m/Mul]}", ["m/Mul"]),
         ("Reformatting CopyNode for x", []),
     ):
-        assert _nodes(Layer(name, "", (), (), ()), known) == nodes
+        assert nodes_of(Layer(name, "", (), (), ()), known) == nodes
 
 
 def test_what_can_be_compiled_but_not_run(store: Store, tmp_path: Path) -> None:

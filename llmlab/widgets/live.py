@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import Context, copy_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmlab.errors import require
 
 if TYPE_CHECKING:
     import anywidget
     import traitlets
-
-    from llmlab.widgets.panel import Panel
 else:
     anywidget = require("anywidget", "notebook")
     traitlets = require("traitlets", "notebook")
 
 _HERE = Path(__file__).parent
+
+
+class Shown(Protocol):
+    """What the page asks of a panel (llmlab/widgets/panel.py)."""
+
+    def html(self) -> str: ...
+
+    def act(self, act: str, key: str = "", value: Any = None) -> dict[str, str]: ...
+
+    def listen(self, listener: Callable[[dict[str, str]], None]) -> None: ...
 
 
 class LivePanel(anywidget.AnyWidget):
@@ -27,7 +36,7 @@ class LivePanel(anywidget.AnyWidget):
     _css = (_HERE / "panel.css").read_text("utf-8")
     html = traitlets.Unicode("").tag(sync=True)
 
-    def __init__(self, panel: Panel) -> None:
+    def __init__(self, panel: Shown) -> None:
         super().__init__(html=panel.html())
         self._panel = panel
         self._open: dict[str, Context] = {}
@@ -55,7 +64,7 @@ class LivePanel(anywidget.AnyWidget):
         self.send({"done": message.get("number")})
 
 
-def live_view(panel: Panel) -> dict[str, Any]:
+def live_view(panel: Shown) -> dict[str, Any]:
     """The part of a display bundle that shows `panel` live; nothing where no kernel runs."""
     from IPython import get_ipython
 

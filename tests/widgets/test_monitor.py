@@ -104,7 +104,7 @@ def test_the_timeline_is_what_the_backend_was_given(watch, kv_blocks, prefix_cac
     for i, prompt in enumerate(TRAFFIC):
         output = panel.to_dict()["requests"][i]
         assert (output["num_tokens"], output["finish_reason"]) == (12, "length")
-        assert output["text"] == panel._traffic.source.tokenizer.decode(greedy(prompt, 12, eos=None))
+        assert output["text"] == panel._run.live().source.tokenizer.decode(greedy(prompt, 12, eos=None))
 
 
 def test_one_step_is_one_step_of_the_core(watch, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
@@ -12,10 +11,8 @@ from markupsafe import Markup
 from llmlab.evaluate.latencies import Latencies
 from llmlab.evaluate.layers.model import milliseconds
 from llmlab.evaluate.roofline import Roofline
+from llmlab.widgets.bench_panel.state import BenchState
 from llmlab.widgets.markup import button, h
-
-if TYPE_CHECKING:
-    from llmlab.widgets.bench_panel.panel import BenchPanel
 
 _BINS = 24
 _WIDE, _HIGH = 360, 96
@@ -32,7 +29,7 @@ def facts(row: Latencies) -> list[str]:
     ]
 
 
-def state(panel: BenchPanel) -> Markup:
+def state(panel: BenchState) -> Markup:
     """What is going on, and the buttons."""
     running = panel.state == "running"
     act = button("Stop", "stop") if running else button("Measure again", "again")
@@ -46,7 +43,7 @@ def state(panel: BenchPanel) -> Markup:
     )
 
 
-def numbers(panel: BenchPanel) -> Markup:
+def numbers(panel: BenchState) -> Markup:
     """A table of percentiles and two histograms for each batch size."""
     if not panel.rows:
         return h("p", "nothing is measured yet", class_="soft")
@@ -127,7 +124,7 @@ def histogram(seconds: Sequence[float], label: str) -> Markup:
     )
 
 
-def roofline(panel: BenchPanel) -> Markup:
+def roofline(panel: BenchState) -> Markup:
     """Operations a second over operations a byte, both logarithmic: the machine's ceilings and the engine's steps."""
     if panel.roofline is None:
         return h("p", panel.note, class_="soft") if panel.note else Markup("")
@@ -168,7 +165,7 @@ def roofline(panel: BenchPanel) -> Markup:
     )
 
 
-def _plot(panel: BenchPanel, roof: Roofline) -> Markup:
+def _plot(panel: BenchState, roof: Roofline) -> Markup:
     wide, high, left, below = 560, 240, 46, 28
     across = [roof.ridge, *(p.intensity for p in panel.points)]
     up = [roof.int8_ops_per_s, roof.flops_per_s, *(p.flops_per_s for p in panel.points)]

@@ -11,14 +11,15 @@ from markupsafe import Markup
 
 from llmlab.errors import InputError, LlmlabError
 from llmlab.evaluate.latencies import Latencies, measure_latencies, points
-from llmlab.evaluate.roofline import Point, Roofline, measure_roofline
+from llmlab.evaluate.roofline import measure_roofline
 from llmlab.machine import physical_cores
 from llmlab.runtime.engine import Engine
 from llmlab.widgets.bench_panel import draw
+from llmlab.widgets.bench_panel.state import BenchState
 from llmlab.widgets.panel import Panel
 
 
-class BenchPanel(Panel):
+class BenchPanel(BenchState, Panel):
     """Measures in a thread of its own. `result()` waits and gives the numbers; `stop()` ends it, and what is known stays."""
 
     name = "bench-panel"
@@ -27,23 +28,12 @@ class BenchPanel(Panel):
     def __init__(
         self, engine: Engine, batches: tuple[int, ...], prompt: int, output: int, repeat: int, threads: int | None
     ):
-        super().__init__()
-        self.engine, self.batches, self.prompt, self.output, self.repeat = engine, batches, prompt, output, repeat
-        self.threads = threads
-        self.state = "running"
-        """running, stopped, failed or done."""
-        self.doing = ""
-        self.rows: list[Latencies] = []
-        self.roofline: Roofline | None = None
-        self.points: list[Point] = []
-        self.note = ""
+        Panel.__init__(self)
+        BenchState.__init__(self, engine, batches, prompt, output, repeat, threads)
         self._problem: BaseException | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llmlab-bench", daemon=True)
         self._thread.start()
-
-    def title(self) -> str:
-        return f"How fast {self.engine.path.name} is ({self.engine.manifest.target})"
 
     def result(self) -> dict[str, Any]:
         """The numbers, once all are there. Ctrl-C stops the measuring. Raises what it raised."""

@@ -1,4 +1,5 @@
 """The engine view: what a compiler made of a graph, or two engines of one model beside each other.
 
-`panel.py` holds what is shown and what was chosen, `draw.py` draws it. The data is that of `llmlab/evaluate/layers/`.
+`state.py` has what is shown and what was chosen, `draw.py` draws it, `panel.py` is the panel and measures again. The data is that
+of `llmlab/evaluate/layers/`.
 """

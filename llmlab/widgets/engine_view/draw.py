@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
 from llmlab.evaluate.layers.align import PairRow
 from llmlab.evaluate.layers.model import CompiledLayer, EngineLayers, Row, microseconds, milliseconds
+from llmlab.widgets.engine_view.state import SORTS, EngineViewState
 from llmlab.widgets.markup import button, control, h, select
-
-if TYPE_CHECKING:
-    from llmlab.widgets.engine_view.panel import EngineView
 
 _MOST_ROWS = 300
 _COLOURS = {"attention": 0, "product": 1, "experts": 5, "norm": 2, "embedding": 4, "rest": 7}
 
 
-def head(view: EngineView) -> Markup:
+def head(view: EngineViewState) -> Markup:
     """Title, what was run, and the controls."""
-    from llmlab.widgets.engine_view.panel import SORTS
-
     sorts = [(key, text) for key, text in SORTS.items() if key != "difference" or len(view.measured) == 2]
     blocks = [("", "all layers"), *((block, block) for block in view.blocks())]
     search = h("input", type="search", value=view.search, placeholder="node, kernel, precision", **control("search"))
@@ -40,7 +35,7 @@ def head(view: EngineView) -> Markup:
     return h("div", h("h3", view.title()), [_facts(view, m) for m in view.measured], controls, status)
 
 
-def _facts(view: EngineView, found: EngineLayers) -> Markup:
+def _facts(view: EngineViewState, found: EngineLayers) -> Markup:
     said = [f"{found.engine}: {len(found.layers)} layers on {found.target}"]
     if found.phases:
         run, phase = found.settings, view.phase
@@ -60,7 +55,7 @@ def _facts(view: EngineView, found: EngineLayers) -> Markup:
     return h("div", h("p", "; ".join(filter(None, said))), notes)
 
 
-def totals(view: EngineView) -> Markup:
+def totals(view: EngineViewState) -> Markup:
     """Where the time goes by kind and by precision, and what was folded away."""
     parts = []
     for found in view.measured:
@@ -93,7 +88,7 @@ def _share(label: str, sums: dict[str, float], found: EngineLayers, phase: str) 
     return h("table", h("caption", label), rows, class_="ev-share")
 
 
-def rows(view: EngineView) -> Markup:
+def rows(view: EngineViewState) -> Markup:
     """A bar for each row, unfolding to what it was made of."""
     found = view.rows()
     if not found:
@@ -113,11 +108,11 @@ def rows(view: EngineView) -> Markup:
     return h("div", legend, h("div", drawn, data_walk="column", class_="ev-rows"), left, folded)
 
 
-def _most(view: EngineView, times: Sequence[float | None]) -> float:
+def _most(view: EngineViewState, times: Sequence[float | None]) -> float:
     return max((t for t in times if t), default=0.0) or 1.0
 
 
-def _single(view: EngineView, row: Row) -> Markup:
+def _single(view: EngineViewState, row: Row) -> Markup:
     all_rows = view.measured[0].rows(lambda layer: view.phase in layer.phases)
     longest = _most(view, [r.seconds(view.phase) for r in all_rows])
     seconds = row.seconds(view.phase)
@@ -135,7 +130,7 @@ def _single(view: EngineView, row: Row) -> Markup:
     return h("details", line, _made_of(view, list(row.layers)), data_keep=row.name)
 
 
-def _pair(view: EngineView, row: PairRow) -> Markup:
+def _pair(view: EngineViewState, row: PairRow) -> Markup:
     both = view.alignment
     longest = _most(view, [r.seconds(s, view.phase) for r in (both.rows() if both else []) for s in (0, 1)])
     word, text = row.verdict(view.phase)
@@ -163,7 +158,7 @@ def _pair(view: EngineView, row: PairRow) -> Markup:
     return h("details", line, h("div", sides, class_="columns"), data_keep=row.name)
 
 
-def _made_of(view: EngineView, given: list[CompiledLayer]) -> Markup:
+def _made_of(view: EngineViewState, given: list[CompiledLayer]) -> Markup:
     """The serving nodes and kernels of the first layer, and the times of all."""
     if not given:
         return h("p", "nothing here", class_="soft")
@@ -179,7 +174,7 @@ def _made_of(view: EngineView, given: list[CompiledLayer]) -> Markup:
     return h("div", parts, class_="ev-made")
 
 
-def _layer(view: EngineView, layer: CompiledLayer) -> Markup:
+def _layer(view: EngineViewState, layer: CompiledLayer) -> Markup:
     nodes = (
         h("ul", [h("li", h("code", node)) for node in layer.nodes]) if layer.nodes else h("p", "the compiler added it")
     )

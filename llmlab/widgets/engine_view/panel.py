@@ -9,18 +9,15 @@ from typing import Any, ClassVar
 from markupsafe import Markup
 
 from llmlab.errors import InputError, LlmlabError
-from llmlab.evaluate.layers.align import Alignment, PairRow, align
 from llmlab.evaluate.layers.measure import layers
-from llmlab.evaluate.layers.model import CompiledLayer, EngineLayers, Row
+from llmlab.evaluate.layers.model import EngineLayers
 from llmlab.runtime.engine import Engine
 from llmlab.widgets.engine_view import draw
+from llmlab.widgets.engine_view.state import SORTS, EngineViewState
 from llmlab.widgets.panel import Panel
 
-SORTS = {"time": "longest first", "order": "as it runs", "name": "by name", "difference": "largest difference first"}
-"""Ways to sort, and how they are called; `difference` is for two engines."""
 
-
-class EngineView(Panel):
+class EngineView(EngineViewState, Panel):
     """What `llmlab.inspect(engine)` and `llmlab.inspect(engine, other)` give.
 
     `measured` has the data: one EngineLayers for each engine. `measure()` measures again.
@@ -30,60 +27,11 @@ class EngineView(Panel):
     regions: ClassVar[tuple[str, ...]] = ("head", "totals", "rows")
 
     def __init__(self, engines: list[Engine], measured: list[EngineLayers], options: dict[str, Any]) -> None:
-        super().__init__()
-        self.engines, self.measured = engines, measured
+        Panel.__init__(self)
+        EngineViewState.__init__(self, engines, measured)
         self.options = options
-        phases = measured[0].phases
-        self.phase = phases[0] if phases else "decode"
-        self.sort = "time" if phases else "order"
-        self.search = ""
-        self.block = ""
-        self.status = ""
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
-
-    def title(self) -> str:
-        names = " against ".join(f"{m.engine} ({m.target})" for m in self.measured)
-        return f"What runs in {names}"
-
-    @property
-    def alignment(self) -> Alignment | None:
-        """Of two engines in the phase that is shown."""
-        if len(self.measured) != 2:
-            return None
-        first, second = self.measured
-        return align(first, second, self.phase)
-
-    def rows(self) -> list[Row] | list[PairRow]:
-        """What is shown, in order."""
-        if (both := self.alignment) is not None:
-            pairs = both.rows(lambda pair: any(map(self._shown, (*pair.first, *pair.second))))
-            if self.sort == "name":
-                return sorted(pairs, key=lambda row: row.name)
-            if self.sort != "order":
-                return sorted(pairs, key=self._weight, reverse=True)
-            return pairs
-        single = self.measured[0].rows(lambda layer: self.phase in layer.phases and self._shown(layer))
-        if self.sort == "name":
-            return sorted(single, key=lambda row: row.name)
-        if self.sort != "order":
-            return sorted(single, key=lambda row: row.seconds(self.phase) or 0.0, reverse=True)
-        return single
-
-    def _weight(self, row: PairRow) -> float:
-        one, two = (row.seconds(side, self.phase) or 0.0 for side in (0, 1))
-        return abs(one - two) if self.sort == "difference" else max(one, two)
-
-    def _shown(self, layer: CompiledLayer) -> bool:
-        if self.block and layer.layer != self.block:
-            return False
-        words = self.search.lower().split()
-        text = " ".join((layer.name, layer.kind, layer.dtype, *layer.kernels, *layer.nodes)).lower()
-        return all(word in text for word in words)
-
-    def blocks(self) -> list[str]:
-        """Transformer layers, and modules outside of them, in running order."""
-        return list(dict.fromkeys(layer.layer for m in self.measured for layer in m.layers))
 
     def on_phase(self, key: str, value: Any) -> None:
         if value in ("decode", "prefill"):

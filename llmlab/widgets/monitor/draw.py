@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from llmlab.runtime.trace import BlockRecord, StepRecord, Trace
+from llmlab.runtime.trace import BlockRecord, SequenceRecord, StepRecord, Trace
 from llmlab.widgets.markup import Attribute, button, checkbox, control, h, select, slider
-from llmlab.widgets.monitor.timeline import colour
+from llmlab.widgets.monitor.timeline import MEANINGS, colour
 
 if TYPE_CHECKING:
     from llmlab.widgets.monitor.traffic import Knobs, Traffic
@@ -100,8 +100,11 @@ def block_map(trace: Trace, step: StepRecord | None) -> Markup:
     return h("div", h("h4", "KV blocks"), h("div", picture, class_="wide"), h("small", words + more))
 
 
-def requests(traffic: Traffic, states: Mapping[str, str]) -> Markup:
-    """What was asked, and what came of it. states: of the requests, by name."""
+def requests(traffic: Traffic | None, last: Sequence[SequenceRecord]) -> Markup:
+    """What was asked, and what came of it; nothing of a recorded run. last: the requests in the step that is looked at."""
+    if traffic is None:
+        return Markup("")
+    states = {record.name: MEANINGS[record.state][1].partition(":")[0] for record in last}
     shown = traffic.submissions[-MOST_REQUESTS:]
     if not shown:
         return h("p", "No request yet: submit some.", class_="soft")

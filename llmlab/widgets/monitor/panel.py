@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,9 +13,10 @@ from llmlab.runtime.params import checked_integer
 from llmlab.runtime.trace import StepRecord, Trace
 from llmlab.widgets.monitor import draw
 from llmlab.widgets.monitor.player import Player
+from llmlab.widgets.monitor.run import Run
 from llmlab.widgets.monitor.sources import source_of
-from llmlab.widgets.monitor.timeline import MEANINGS, timeline
-from llmlab.widgets.monitor.traffic import Knobs, Prompt, Traffic
+from llmlab.widgets.monitor.timeline import timeline
+from llmlab.widgets.monitor.traffic import Knobs, Prompt, Traffic, each_prompt
 from llmlab.widgets.panel import Panel
 
 if TYPE_CHECKING:
@@ -77,30 +77,23 @@ class Monitor(Panel):
 
     def __init__(self, what: Traffic | Trace) -> None:
         super().__init__()
-        self._traffic = what if isinstance(what, Traffic) else None
-        self._recorded = what if isinstance(what, Trace) else None
-        self._shown = len(what.steps) if isinstance(what, Trace) else 0
+        self._run = Run(what)
         self._player = Player(self.lock, step=self._step, done=self._done)
         self.looked: int | None = None
         """Index of the step that is looked at; None: the last one."""
         self._note = ""
-        self._stepping = threading.Lock()
-        self._closed = False
 
     # What the page shows.
 
     @property
     def trace(self) -> Trace:
         """All steps; of a replay also those to come."""
-        if self._traffic is not None:
-            return self._traffic.trace
-        assert self._recorded is not None
-        return self._recorded
+        return self._run.trace
 
     @property
     def steps(self) -> list[StepRecord]:
         """The steps done so far."""
-        return self.trace.steps if self._recorded is None else self.trace.steps[: self._shown]
+        return self._run.steps
 
     @property
     def playing(self) -> bool:
@@ -110,42 +103,35 @@ class Monitor(Panel):
     @property
     def core(self) -> EngineCore:
         """The engine core that runs. InputError where a trace is replayed."""
-        return self._live().core
+        return self._run.live().core
 
     def title(self) -> str:
-        if self._traffic is None:
-            return f"Batching monitor: a recorded run, {self.trace}"
-        return f"Batching monitor: {self._traffic.source.name} ({self._traffic.source.kind})"
+        return f"Batching monitor: {self._run.title}"
 
     def draw_controls(self) -> Markup:
-        return draw.controls(self.playing, self._player.speed, self._traffic is None)
+        return draw.controls(self.playing, self._player.speed, self._run.traffic is None)
 
     def draw_knobs(self) -> Markup:
-        return draw.knobs(None if self._traffic is None else self._traffic.knobs, self.trace)
+        return draw.knobs(None if self._run.traffic is None else self._run.traffic.knobs, self.trace)
 
     def draw_status(self) -> Markup:
-        return draw.status(*self._view(), self._note)
+        return draw.status(*self._run.view(self.looked), self._note)
 
     def draw_timeline(self) -> Markup:
-        trace, steps, looked = self._view()
-        if not steps:
-            return Markup("")
-        prompts = {} if self._traffic is None else {s.name: s.prompt for s in self._traffic.submissions}
-        return timeline(trace, steps, looked, prompts)
+        trace, steps, looked = self._run.view(self.looked)
+        prompts = {} if self._run.traffic is None else {s.name: s.prompt for s in self._run.traffic.submissions}
+        return timeline(trace, steps, looked, prompts) if steps else Markup("")
 
     def draw_blocks(self) -> Markup:
-        trace, steps, looked = self._view()
+        trace, steps, looked = self._run.view(self.looked)
         return draw.block_map(trace, steps[looked] if steps else None)
 
     def draw_submit(self) -> Markup:
-        return Markup("") if self._traffic is None else draw.submit("")
+        return Markup("") if self._run.traffic is None else draw.submit("")
 
     def draw_requests(self) -> Markup:
-        if self._traffic is None:
-            return Markup("")
-        _, steps, _ = self._view()
-        last = steps[-1].sequences if steps else ()
-        return draw.requests(self._traffic, {s.name: MEANINGS[s.state][1].partition(":")[0] for s in last})
+        steps = self._run.view(self.looked)[1]
+        return draw.requests(self._run.traffic, steps[-1].sequences if steps else ())
 
     def draw_problem(self) -> str:
         return self._draw_problem()
@@ -154,7 +140,7 @@ class Monitor(Panel):
         """All steps as plain data, and the requests with their answers."""
         with self.lock:
             shown = {"panel": self.name, "title": self.title(), "trace": self.trace.to_dict()}
-            return shown if self._traffic is None else shown | self._traffic.to_dict()
+            return shown if self._run.traffic is None else shown | self._run.traffic.to_dict()
 
     def __str__(self) -> str:
         integrity = self.steps[-1].integrity if self.steps else ""
@@ -171,24 +157,22 @@ class Monitor(Panel):
         at: int | None = None,
     ) -> list[str]:
         """Queue one prompt or several before the next step, or before step `at` (from 0); returns their names."""
-        many: Sequence[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else prompts
         with self.lock:
-            names = self._live().submit(many, max_tokens=max_tokens, ignore_eos=ignore_eos, at=at)
+            names = self._run.live().submit(each_prompt(prompts), max_tokens=max_tokens, ignore_eos=ignore_eos, at=at)
             self._note = ""
         self.refresh("status", "requests")
         return names
 
     def cancel(self, name: str) -> None:
         """End a request before the next step."""
-        self._live().cancel(name)
+        self._run.live().cancel(name)
         self.refresh("requests")
 
     def step(self, count: int = 1) -> StepRecord | None:
         """Do `count` steps, each exactly one of the core, and wait for them; the last one, None if there was nothing to do."""
         record = None
         for _ in range(checked_integer("count", count, low=1)):
-            record = self._step()
-            if record is None:
+            if (record := self._step()) is None:
                 break
         self.refresh(*_CHANGING)
         return record
@@ -224,10 +208,9 @@ class Monitor(Panel):
 
     def close(self) -> None:
         """Stop, and free what runs."""
-        self._closed = True
+        self._run.closed = True
         self._player.close()
-        if self._traffic is not None:
-            self._traffic.close()
+        self._run.close()
 
     # What the page's controls do. A step may take a while, so the worker does it.
 
@@ -283,42 +266,27 @@ class Monitor(Panel):
         if not prompts:
             raise InputError("no prompt there: type one a line")
         most = fields.get("max_tokens", 16)
-        self._live().submit(prompts, max_tokens=int(most) if isinstance(most, float) else most)
+        self._run.live().submit(prompts, max_tokens=int(most) if isinstance(most, float) else most)
         self._note = ""
         return ["status", "requests"]
 
     def on_cancel(self, key: str, value: Any) -> list[str]:
-        self._live().cancel(key)
+        self._run.live().cancel(key)
         return ["requests"]
 
     # Stepping.
 
     def _step(self) -> StepRecord | None:
         """One step, while the panel can be drawn."""
-        with self._stepping:
-            if self._closed:
-                raise InputError("this monitor was closed: make a new one")
-            if self._traffic is None:
-                more = self._shown < len(self.trace.steps)
-                self._shown += more
-                record = self.trace.steps[self._shown - 1] if more else None
-            else:
-                record = self._traffic.step()
+        record = self._run.step()
         with self.lock:
-            self._note = "" if record is not None else self._nothing()
+            self._note = "" if record is not None else self._run.ended
             if record is None:
                 self._player.pause()
         return record
 
-    def _nothing(self) -> str:
-        return "That was the last step." if self._traffic is None else "All requests are done: submit another."
-
     def _restart(self, *, forget: bool = False, **knobs: Any) -> None:
-        with self._stepping:
-            if self._traffic is None:
-                self._shown = 0
-            else:
-                self._traffic.restart(forget=forget, **knobs)
+        self._run.restart(forget=forget, **knobs)
         with self.lock:
             self.looked, self._note = None, ""
 
@@ -329,19 +297,3 @@ class Monitor(Panel):
             regions = [*_CHANGING, *([] if self.playing else ["controls"]), *(["knobs"] if of_task else [])]
             regions += ["problem"] if before or problem else []
         self.refresh(*regions)
-
-    def _view(self) -> tuple[Trace, list[StepRecord], int]:
-        """Trace, steps done, and index of the one that is looked at, of one moment: another thread may begin again."""
-        trace = self.trace
-        steps = trace.steps if self._recorded is None else trace.steps[: self._shown]
-        last = len(steps) - 1
-        return trace, steps, last if self.looked is None else min(self.looked, last)
-
-    def _live(self) -> Traffic:
-        if self._traffic is None:
-            raise InputError("a recorded run is replayed here, nothing runs: give a graph or an engine")
-        return self._traffic
-
-
-def _is_ids(prompts: Any) -> bool:
-    return len(prompts) > 0 and not isinstance(prompts[0], str) and not hasattr(prompts[0], "__len__")

@@ -200,6 +200,12 @@ class Traffic:
         return tuple(tokenizer.encode(prompt))
 
 
+def each_prompt(prompts: Prompt | Sequence[Prompt]) -> Sequence[Any]:
+    """Several prompts, or a single one (a text, or token ids) as a list."""
+    is_ids = len(prompts) > 0 and not isinstance(prompts[0], str) and not hasattr(prompts[0], "__len__")
+    return [prompts] if isinstance(prompts, str) or is_ids else prompts
+
+
 def _request(submission: Submission) -> Request:
     params = SamplingParams(
         max_tokens=submission.max_tokens, temperature=0, top_k=0, top_p=1, ignore_eos=submission.ignore_eos
