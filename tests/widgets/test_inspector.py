@@ -19,7 +19,8 @@ from llmlab.graph.store.deferred import Packed
 from llmlab.graph.store.storage import array
 from llmlab.widgets.inspector.flops import flops
 from llmlab.widgets.inspector.hierarchy import Fold, Hierarchy
-from llmlab.widgets.inspector.panel import MOST_ROWS, Inspector
+from llmlab.widgets.inspector.panel import Inspector
+from llmlab.widgets.inspector.state import MOST_ROWS
 from llmlab.widgets.inspector.values import histogram, pieces, sample, sample_quantized
 
 

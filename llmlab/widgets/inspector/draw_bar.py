@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from markupsafe import Markup
 
 from llmlab.widgets.inspector.overlays import PrecisionOverlay
 from llmlab.widgets.inspector.search import SHOWN
+from llmlab.widgets.inspector.state import InspectorState
 from llmlab.widgets.markup import button, control, h, select
 
-if TYPE_CHECKING:
-    from llmlab.widgets.inspector.panel import Inspector
 
-
-def bar(panel: Inspector) -> Markup:
+def bar(panel: InspectorState) -> Markup:
     search = h(
         "input",
         type="search",
@@ -42,7 +38,7 @@ def bar(panel: Inspector) -> Markup:
     )
 
 
-def hits(panel: Inspector) -> Markup:
+def hits(panel: InspectorState) -> Markup:
     if not panel.query.strip() or panel.is_static:
         return Markup("")
     if not panel.hits:
@@ -68,7 +64,7 @@ def hits(panel: Inspector) -> Markup:
     )
 
 
-def legend(panel: Inspector) -> Markup:
+def legend(panel: InspectorState) -> Markup:
     overlay = panel.overlay
     parts: list[Markup | str | None] = [h("b", overlay.label), f": {overlay.says}. "]
     if overlay.missing:

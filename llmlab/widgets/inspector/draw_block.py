@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable
 
 import onnx_graphsurgeon as gs
 from markupsafe import Markup
@@ -12,16 +11,14 @@ from llmlab.graph.reports.snapshot import kind_of
 from llmlab.widgets.inspector.hierarchy import Fold, Group, Leaf
 from llmlab.widgets.inspector.overlays import PrecisionOverlay
 from llmlab.widgets.inspector.sizes import kind_and_bytes
+from llmlab.widgets.inspector.state import InspectorState
 from llmlab.widgets.markup import button, h, select
 from llmlab.widgets.picture import MOST, Arrow, Box, picture
-
-if TYPE_CHECKING:
-    from llmlab.widgets.inspector.panel import Inspector
 
 _NOTES = 3
 
 
-def block(panel: Inspector, group: Group) -> Markup:
+def block(panel: InspectorState, group: Group) -> Markup:
     rows = [row for row in group.rows if not (isinstance(row, Leaf) and row.node.op == "Constant")]
     shown = rows[:MOST]
     boxes, arrows = parts(panel, shown)
@@ -36,7 +33,7 @@ def block(panel: Inspector, group: Group) -> Markup:
     )
 
 
-def _path(panel: Inspector, group: Group) -> Markup:
+def _path(panel: InspectorState, group: Group) -> Markup:
     """The way to the group, each part a button."""
     way: list[Group] = []
     here: Group | None = group
@@ -51,7 +48,7 @@ def _path(panel: Inspector, group: Group) -> Markup:
     return h("span", steps)
 
 
-def _chooser(panel: Inspector, group: Group) -> Markup | None:
+def _chooser(panel: InspectorState, group: Group) -> Markup | None:
     """Which of several alike groups is shown: their weights differ."""
     here: Group | None = group
     while here is not None and (here.fold is None or len(here.fold.members) == 1):
@@ -65,47 +62,7 @@ def _chooser(panel: Inspector, group: Group) -> Markup | None:
     return select(f"one of {len(here.fold.members)} alike:", "member", options, group.path)
 
 
-class Edges(NamedTuple):
-    """What goes between rows: key of the row by node; tensors by pair of rows; those from outside with the rows that read them;
-    those that leave with the row that makes them."""
-
-    names: dict[int, str]
-    inner: dict[tuple[str, str], dict[int, gs.Tensor]]
-    inward: dict[int, tuple[gs.Tensor, dict[str, None]]]
-    outward: dict[int, tuple[gs.Tensor, str]]
-
-
-def edges(panel: Inspector, rows: Sequence[Leaf | Fold]) -> Edges:
-    """Look at each node of the rows once."""
-    names: dict[int, str] = {}
-    for row in rows:
-        for leaf in [row] if isinstance(row, Leaf) else row.leaves:
-            names[id(leaf.node)] = key_of(panel, row)
-    inner: dict[tuple[str, str], dict[int, gs.Tensor]] = {}
-    inward: dict[int, tuple[gs.Tensor, dict[str, None]]] = {}
-    outward: dict[int, tuple[gs.Tensor, str]] = {}
-    for row in rows:
-        key = key_of(panel, row)
-        for leaf in [row] if isinstance(row, Leaf) else row.leaves:
-            for tensor in leaf.node.inputs:
-                if isinstance(tensor, gs.Constant) or tensor.is_empty():
-                    continue
-                maker = tensor.inputs[0] if tensor.inputs else None
-                if maker is not None and maker.op == "Constant":
-                    continue
-                source = names.get(id(maker)) if maker is not None else None
-                if source is None:
-                    inward.setdefault(id(tensor), (tensor, {}))[1][key] = None
-                elif source != key:
-                    inner.setdefault((source, key), {})[id(tensor)] = tensor
-            for tensor in leaf.node.outputs:
-                leaves = id(tensor) in panel.tree.outputs or any(id(r) not in names for r in tensor.outputs)
-                if leaves:
-                    outward[id(tensor)] = (tensor, key)
-    return Edges(names, inner, inward, outward)
-
-
-def parts(panel: Inspector, rows: list[Leaf | Fold]) -> tuple[list[Box], list[Arrow]]:
+def parts(panel: InspectorState, rows: list[Leaf | Fold]) -> tuple[list[Box], list[Arrow]]:
     """Boxes and arrows of the rows of a group, and of what they read from and hand to outside."""
     names, inner, inward, outward = panel.edges(rows)
     boxes = _sources(panel, inward)
@@ -118,10 +75,6 @@ def parts(panel: Inspector, rows: list[Leaf | Fold]) -> tuple[list[Box], list[Ar
     return [*boxes, *(Box(f"to {key}", lines, kind="outside") for key, lines in goals.items())], arrows
 
 
-def key_of(panel: Inspector, row: Leaf | Fold) -> str:
-    return row.name if isinstance(row, Leaf) else panel.member(row).path
-
-
 def _said(tensor: gs.Tensor) -> str:
     return f"{tensor.name}: {kind_and_bytes(tensor)}"
 
@@ -130,7 +83,7 @@ def _outside(readers: Iterable[str]) -> str:
     return "from " + "\n".join(readers)
 
 
-def _sources(panel: Inspector, inward: dict[int, tuple[gs.Tensor, dict[str, None]]]) -> list[Box]:
+def _sources(panel: InspectorState, inward: dict[int, tuple[gs.Tensor, dict[str, None]]]) -> list[Box]:
     """A box for what comes from outside: all that the same boxes read together."""
     lines: dict[str, list[tuple[str, str]]] = {}
     for tensor, readers in inward.values():
@@ -146,7 +99,7 @@ def _sources(panel: Inspector, inward: dict[int, tuple[gs.Tensor, dict[str, None
 
 
 def _goals(
-    panel: Inspector, names_of: dict[int, str], outward: dict[int, tuple[gs.Tensor, str]]
+    panel: InspectorState, names_of: dict[int, str], outward: dict[int, tuple[gs.Tensor, str]]
 ) -> dict[str, list[str]]:
     """Lines about who reads outside what each box makes."""
     goals: dict[str, dict[str, None]] = {}
@@ -164,7 +117,7 @@ def _goals(
 
 
 def _boxes(
-    panel: Inspector,
+    panel: InspectorState,
     rows: list[Leaf | Fold],
     inner: dict[tuple[str, str], dict[int, gs.Tensor]],
     outward: dict[int, tuple[gs.Tensor, str]],
@@ -176,7 +129,7 @@ def _boxes(
         largest = panel.whole if overlay.name == "error" else largest
     boxes = []
     for row in rows:
-        key = key_of(panel, row)
+        key = panel.key_of(row)
         number, value, color = overlay.at(row)
         if isinstance(overlay, PrecisionOverlay):
             heat = 0.4 if number else 0.0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import onnx_graphsurgeon as gs
 from markupsafe import Markup
 
@@ -11,20 +9,18 @@ from llmlab.graph.quantized import QuantizedWeight, quantized
 from llmlab.graph.reports.snapshot import attribute_text, kind_of
 from llmlab.widgets.inspector.hierarchy import Group, Leaf
 from llmlab.widgets.inspector.sizes import is_weight, number_text, tensor_bytes
+from llmlab.widgets.inspector.state import InspectorState
 from llmlab.widgets.inspector.values import Histogram
 from llmlab.widgets.markup import button, h
-
-if TYPE_CHECKING:
-    from llmlab.widgets.inspector.panel import Inspector
 
 _READERS = 12
 
 
-def details(panel: Inspector) -> Markup:
+def details(panel: InspectorState) -> Markup:
     return _group(panel, panel.group) if panel.leaf is None else _node(panel, panel.leaf)
 
 
-def _group(panel: Inspector, group: Group) -> Markup:
+def _group(panel: InspectorState, group: Group) -> Markup:
     rows = [
         h("tr", h("th", overlay.label), h("td", overlay.at(group).text))
         for overlay in panel.overlays.values()
@@ -43,7 +39,7 @@ def _group(panel: Inspector, group: Group) -> Markup:
     )
 
 
-def _node(panel: Inspector, leaf: Leaf) -> Markup:
+def _node(panel: InspectorState, leaf: Leaf) -> Markup:
     node = leaf.node
     operator = f"{node.domain}::{node.op}" if node.domain else node.op
     numbers = [
@@ -70,7 +66,7 @@ def _node(panel: Inspector, leaf: Leaf) -> Markup:
     )
 
 
-def _input(panel: Inspector, leaf: Leaf, index: int, tensor: gs.Tensor) -> Markup:
+def _input(panel: InspectorState, leaf: Leaf, index: int, tensor: gs.Tensor) -> Markup:
     origin: Markup | str = "input of the graph"
     look: Markup | None = None
     if isinstance(tensor, gs.Constant):
@@ -86,7 +82,7 @@ def _input(panel: Inspector, leaf: Leaf, index: int, tensor: gs.Tensor) -> Marku
     return _tensor(f"in {index}", tensor, origin, look)
 
 
-def _output(panel: Inspector, index: int, tensor: gs.Tensor) -> Markup:
+def _output(panel: InspectorState, index: int, tensor: gs.Tensor) -> Markup:
     readers = list({id(r): r for r in tensor.outputs}.values())
     known = [leaf for r in readers if (leaf := panel.tree.by_id.get(id(r))) is not None]
     links: list[Markup | str] = []

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from markupsafe import Markup
 
 from llmlab.widgets.inspector.hierarchy import Fold, Group, Leaf
 from llmlab.widgets.inspector.overlays import PrecisionOverlay
+from llmlab.widgets.inspector.state import InspectorState
 from llmlab.widgets.markup import Attribute, control, h
-
-if TYPE_CHECKING:
-    from llmlab.widgets.inspector.panel import Inspector
 
 _STATIC_LEAVES = 40
 
 
-def tree(panel: Inspector) -> Markup:
+def tree(panel: InspectorState) -> Markup:
     rows = [_row(panel, depth, row) for depth, row in panel.rows()]
     return h(
         "div",
@@ -29,7 +25,7 @@ def tree(panel: Inspector) -> Markup:
     )
 
 
-def _row(panel: Inspector, depth: int, row: Group | Fold | Leaf) -> Markup:
+def _row(panel: InspectorState, depth: int, row: Group | Fold | Leaf) -> Markup:
     level: dict[str, Attribute] = {
         "role": "treeitem",
         "tabindex": 0,
@@ -75,7 +71,7 @@ def _label(row: Group | Fold) -> list[Markup | str]:
     return [h("b", row.label), Markup(" "), times, h("small", f" {each}")]
 
 
-def _number(panel: Inspector, row: Group | Fold | Leaf) -> Markup:
+def _number(panel: InspectorState, row: Group | Fold | Leaf) -> Markup:
     """The overlay's number, and a bar of its share."""
     overlay = panel.overlay
     found = overlay.at(row)
@@ -87,19 +83,19 @@ def _number(panel: Inspector, row: Group | Fold | Leaf) -> Markup:
     return h("span", found.text, filled, class_="value")
 
 
-def typical_layer(panel: Inspector) -> Group:
+def typical_layer(panel: InspectorState) -> Group:
     """The layer that stands for most others; the whole model where there are no layers."""
     folds = [row for row in panel.tree.root.rows if isinstance(row, Fold)]
     most = max(folds, key=lambda f: (len(f.members), sum(1 for _ in f.leaves)), default=None)
     return panel.tree.root if most is None else panel.member(most)
 
 
-def static_tree(panel: Inspector) -> Markup:
+def static_tree(panel: InspectorState) -> Markup:
     """The whole tree down to blocks, and the first nodes of each block folded."""
     return h("div", [_static(panel, row, 1) for row in panel.tree.root.rows] or h("p", "no nodes", class_="soft"))
 
 
-def _static(panel: Inspector, row: Fold | Leaf, depth: int) -> Markup:
+def _static(panel: InspectorState, row: Fold | Leaf, depth: int) -> Markup:
     if isinstance(row, Leaf):
         return h(
             "div",

@@ -1,10 +1,10 @@
-"""The inspector's state and what its controls do; `draw_*.py` beside it make HTML of it."""
+"""The inspector: what its controls do, and what takes longer; `state.py` is what it shows, `draw_*.py` make HTML of that."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import onnx_graphsurgeon as gs
@@ -14,18 +14,14 @@ from llmlab.errors import InputError, LlmlabError, nearest
 from llmlab.graph.graph import Graph
 from llmlab.widgets.inspector import draw_bar, draw_block, draw_details, draw_tree
 from llmlab.widgets.inspector.errors import weight_errors
-from llmlab.widgets.inspector.hierarchy import Fold, Group, Hierarchy, Leaf
-from llmlab.widgets.inspector.overlays import Overlay, error_overlay, flops_overlay, overlays, time_overlay
-from llmlab.widgets.inspector.search import Hit, Index
-from llmlab.widgets.inspector.sizes import bytes_text, number_text
-from llmlab.widgets.inspector.values import Histogram, histogram, is_slow, sample, sample_quantized
+from llmlab.widgets.inspector.overlays import error_overlay, flops_overlay, time_overlay
+from llmlab.widgets.inspector.search import Index
+from llmlab.widgets.inspector.state import InspectorState
+from llmlab.widgets.inspector.values import histogram, is_slow, sample, sample_quantized
 from llmlab.widgets.panel import Panel
 
-MOST_ROWS = 300
-"""Rows of the tree at a time; unfolding more folds what lies elsewhere."""
 
-
-class Inspector(Panel):
+class Inspector(InspectorState, Panel):
     """A graph as a tree of layers, blocks and nodes, with a picture of what is unfolded, numbers on it, and search.
 
     times: seconds by name of a node. engine: the engine (or its folder) that was built of this graph, to be measured on a click.
@@ -43,102 +39,11 @@ class Inspector(Panel):
         engine: Any = None,
         reference: Graph | None = None,
     ) -> None:
-        super().__init__()
-        self.graph, self.reference, self.engine = graph, reference, engine
-        kind = "quantized " if graph.recipe else ""
-        self.tree = Hierarchy(graph.surgeon, f"{kind}{graph.kind} {graph.config.model_type}")
-        self.leaves = list(self.tree.leaves.values())
-        self.context = 1024
-        self.overlays = overlays(self.leaves, self.context)
-        self.overlays["time"] = time_overlay(dict(times or {}))
-        missing = "" if reference is not None else "give the graph before: inspect(graph, reference=wide)"
-        self.overlays["error"] = error_overlay({}, missing)
-        self.overlay: Overlay = self.overlays["bytes"]
-        self.whole = 0.0
-        self.unfolded: set[str] = {""}
-        self.chosen: dict[str, int] = {}
-        self.group: Group = self.tree.root
-        self.leaf: Leaf | None = None
-        self.looked_at: int | None = None
-        self.histograms: list[tuple[str, Histogram]] = []
-        self.query = ""
-        self.hits: list[Hit] = []
-        self.found = 0
-        self.is_static = False
-        self.working = ""
+        Panel.__init__(self)
+        InspectorState.__init__(self, graph, times=times, engine=engine, reference=reference)
         self._index: Index | None = None
-        self._edges: dict[tuple[str, ...], draw_block.Edges] = {}
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
-        self._weigh()
-
-    def title(self) -> str:
-        nodes = f"{len(self.leaves):,} node{'' if len(self.leaves) == 1 else 's'}"
-        sizes = (self.overlays["bytes"], bytes_text), (self.overlays["parameters"], number_text)
-        size, count = (text(overlay.at(self.tree.root).value) for overlay, text in sizes)
-        return f"{self.tree.root.label} graph: {nodes}, {count} parameters, {size}"
-
-    # What the tree shows
-
-    def member(self, fold: Fold) -> Group:
-        """The group that stands for a fold."""
-        return fold.members[min(self.chosen.get(fold.key, 0), len(fold.members) - 1)]
-
-    def rows(self) -> list[tuple[int, Group | Fold | Leaf]]:
-        """What is unfolded, with its depth, from top to bottom."""
-        shown: list[tuple[int, Group | Fold | Leaf]] = [(1, self.tree.root)]
-
-        def walk(group: Group, depth: int) -> None:
-            for row in group.rows:
-                shown.append((depth, row))
-                if isinstance(row, Fold) and self.is_unfolded(row):
-                    walk(self.member(row), depth + 1)
-
-        if "" in self.unfolded:
-            walk(self.tree.root, 2)
-        return shown
-
-    def is_unfolded(self, row: Group | Fold) -> bool:
-        return (row.key if isinstance(row, Fold) else row.path) in self.unfolded
-
-    def reveal(self, group: Group) -> None:
-        """Unfold what lies around `group`, and let it stand for its fold."""
-        around: set[str] = {""}
-        self.group, here = group, group
-        while here.parent is not None:
-            assert here.fold is not None
-            around.add(here.fold.key)
-            self.chosen[here.fold.key] = here.fold.members.index(here)
-            here = here.parent
-        self.unfolded |= around
-        if len(self.rows()) > MOST_ROWS:
-            self.unfolded = around
-
-    def edges(self, rows: Sequence[Leaf | Fold]) -> draw_block.Edges:
-        """What goes between these rows, in and out; found once."""
-        key = tuple(draw_block.key_of(self, row) for row in rows)
-        if key not in self._edges:
-            self._edges[key] = draw_block.edges(self, rows)
-        return self._edges[key]
-
-    def find_group(self, path: str) -> Group:
-        if path not in self.tree.groups:
-            raise InputError(f"{path!r} is no part of this graph ({nearest(path, self.tree.groups)})")
-        return self.tree.groups[path]
-
-    def show(self, name: str) -> None:
-        """Show the node called `name`, or the layer, block or module of that path: what a click on it does."""
-        if name not in self.tree.leaves:
-            self.reveal(self.find_group(name))
-            self._pick(None)
-            return
-        leaf = self.tree.leaves[name]
-        assert leaf.parent is not None
-        self.reveal(leaf.parent)
-        self._pick(leaf)
-
-    def _pick(self, leaf: Leaf | None) -> None:
-        self.leaf, self.looked_at, self.histograms = leaf, None, []
 
     # Actions
 
@@ -151,13 +56,13 @@ class Inspector(Panel):
             self.group = group
         else:
             self.reveal(group)
-        self._pick(None)
+        self.pick(None)
         return ("tree", "picture", "details")
 
     def on_enter(self, key: str, value: Any) -> Iterable[str]:
         """A group in the picture, or in the path above it."""
         self.reveal(self.find_group(key))
-        self._pick(None)
+        self.pick(None)
         return ("tree", "picture", "details")
 
     def on_member(self, key: str, value: Any) -> Iterable[str]:
@@ -184,7 +89,7 @@ class Inspector(Panel):
         if value not in self.overlays:
             raise InputError(f"no overlay {value!r}, expected one of: {', '.join(self.overlays)}")
         self.overlay = self.overlays[value]
-        self._weigh()
+        self.weigh()
         if value == "error" and self.reference is not None and not self.overlay.values:
             self._start(self._find_errors)
         return ("bar", "legend", "tree", "picture", "details")
@@ -194,7 +99,7 @@ class Inspector(Panel):
         self.context = 2 ** max(0, min(int(value), 20))
         self.overlays["flops"] = flops_overlay(self.leaves, self.context)
         self.overlay = self.overlays[self.overlay.name]
-        self._weigh()
+        self.weigh()
         return ("legend", "tree", "picture", "details")
 
     def on_look(self, key: str, value: Any) -> Iterable[str]:
@@ -275,7 +180,7 @@ class Inspector(Panel):
             if found:
                 self.overlays.pop("time", None)
                 self.overlay = self.overlays[f"time {next(iter(found))}"]
-                self._weigh()
+                self.weigh()
             else:
                 self.overlays["time"] = time_overlay({}, missing=problem or "nothing was measured")
                 self.overlay = self.overlays["time"]
@@ -301,15 +206,8 @@ class Inspector(Panel):
             self.overlays["error"] = error_overlay(dict(found), missing)
             if self.overlay.name == "error":
                 self.overlay = self.overlays["error"]
-                self._weigh()
+                self.weigh()
         self.refresh("legend", "tree", "picture")
-
-    def _weigh(self) -> None:
-        """What a full bar means: the whole model, or for errors the largest."""
-        if self.overlay.name == "error":
-            self.whole = max((self.overlay.at(leaf).value for leaf in self.leaves), default=0.0)
-        else:
-            self.whole = self.overlay.at(self.tree.root).value
 
     # Drawing
 
@@ -344,30 +242,8 @@ class Inspector(Panel):
 
     def to_dict(self) -> dict[str, Any]:
         """The layers and their blocks, alike ones as one, with the sum of each overlay."""
-
-        def part(row: Group | Fold, depth: int) -> dict[str, Any]:
-            group = self.member(row) if isinstance(row, Fold) else row
-            leaves = list(row.leaves)
-            entry: dict[str, Any] = {"path": group.path, "label": row.label, "nodes": len(leaves)}
-            entry["alike"] = len(row.members) if isinstance(row, Fold) else 1
-            for name, overlay in self.overlays.items():
-                if name not in ("precision", "error"):
-                    entry[name] = overlay.of(leaves)
-            if depth < 2:
-                entry["parts"] = [part(r, depth + 1) for r in group.rows if isinstance(r, Fold)]
-            return entry
-
         shown = {"overlay": self.overlay.name, "context": self.context, "group": self.group.path}
-        return {**super().to_dict(), **shown, "tree": part(self.tree.root, 0)}
-
-    def __str__(self) -> str:
-        lines = [self.title()]
-        for row in self.tree.root.rows:
-            label = row.label + (f" (×{len(row.members)})" if isinstance(row, Fold) and len(row.members) > 1 else "")
-            leaves = [row] if isinstance(row, Leaf) else list(row.leaves)
-            nodes = f"{len(leaves):,} node{'' if len(leaves) == 1 else 's'}"
-            lines.append(f"  {label}: {nodes}, {self.overlays['bytes'].shown(leaves) or 'no weights'}")
-        return "\n".join(lines[:20])
+        return {**super().to_dict(), **shown, "tree": self.sums()}
 
 
 def _count(constant: gs.Constant) -> int:
