@@ -93,6 +93,16 @@ assert found.measured.size_bytes <= budget and found.measured.kl.value < int4.kl
 print(f"{int4.kl.value / found.measured.kl.value:.1f} times nearer to float32 than int4 everywhere")
 
 # %% [markdown]
+# ## By hand
+#
+# The same choice as an instrument: the slider is the budget, the map says what each product gets. A click keeps one as you want it, and the
+# expected KL and size move along; "Build this" makes the engine. (These are the numbers that `search` measured, from the cache.)
+
+# %%
+explorer = ll.explore(graph, [ll.sensitivity(graph, "int8", by="product", **LAB), sensitivity], comparison)
+explorer
+
+# %% [markdown]
 # What was found is a recipe like any other, and makes an engine like any other:
 
 # %%
