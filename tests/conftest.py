@@ -22,6 +22,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 
 LONG = {
     "04_precision_lab.ipynb": 95,
+    "test_notebooks_in_a_page.py": 180,
     "test_instruments.py": 90,
     "test_panels_in_a_page.py": 60,
     "test_exported_notebooks.py": 40,
@@ -43,10 +44,16 @@ LONG = {
 """Seconds that the longest files take, roughly. A notebook that isn't here counts as 60; other files fill up."""
 
 
+RUN_IN_A_BROWSER = ("01_checkpoint_to_engine", "05_in_flight_batching", "08_chat_with_and_compare_engines")
+"""Notebooks that tests/browser runs where a browser is required, and nbmake need not run again."""
+
+
 @pytest.hookimpl(trylast=True)  # when those that don't run are gone
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first. Each of two workers begins with one half of the list, so they are dealt to the two halves; the rest
     fills them up. The tests that run last are short, then, and both workers end together."""
+    if os.environ.get("LLMLAB_BROWSER") == "required":
+        items[:] = [i for i in items if not (i.path.suffix == ".ipynb" and i.path.stem in RUN_IN_A_BROWSER)]
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
         files.setdefault(item.path, []).append(item)

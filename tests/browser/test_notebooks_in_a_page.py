@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from conftest import RUN_IN_A_BROWSER
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 PANELS = {
@@ -15,7 +17,14 @@ PANELS = {
 }
 
 
-@pytest.mark.slow  # a minute each; test_instruments.py clicks through the same panels
+if os.environ.get("LLMLAB_BROWSER") != "required":  # where it is, they run here instead of in nbmake
+    pytestmark = pytest.mark.slow
+
+
+def test_all_that_nbmake_leaves_out_are_run_here() -> None:
+    assert set(PANELS) == set(RUN_IN_A_BROWSER)
+
+
 @pytest.mark.parametrize("name", PANELS)
 def test_its_panels_are_live_and_answer(lab, server, name: str) -> None:
     shutil.copy(NOTEBOOKS / f"{name}.ipynb", server.folder)
