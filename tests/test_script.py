@@ -7,6 +7,7 @@ import json
 import runpy
 import sys
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from conftest import Store
 
 import llmlab as ll
 from llmlab.errors import EngineError, InputError
+from llmlab.evaluate.layers.model import EngineLayers
 from llmlab.provenance import Step, described, step
 from llmlab.runtime.manifest import MANIFEST, digest
 from llmlab.script import script
+from llmlab.widgets.engine_view.draw import head
+from llmlab.widgets.engine_view.state import EngineViewState
 
 
 def run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -140,3 +144,9 @@ def test_malformed_steps_are_refused(built: ll.Engine, tmp_path: Path) -> None:
         (tmp_path / MANIFEST).write_text(json.dumps(changed | {"sha256": digest(changed)}))
         with pytest.raises(EngineError, match="malformed"):
             ll.Engine.load(tmp_path)
+
+
+def test_a_button_of_the_engine_view_copies_it(built: ll.Engine) -> None:
+    layers = EngineLayers("engine", "onnxruntime", (), (), {}, {}, {}, ())
+    shown = unescape(head(EngineViewState([built, altered(built, steps=())], [layers, layers])))
+    assert shown.count("data-copy=") == 1 and f'data-copy="{script(built)}"' in shown

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from llmlab.evaluate.layers.align import PairRow
 from llmlab.evaluate.layers.model import CompiledLayer, EngineLayers, Row, microseconds, milliseconds
 from llmlab.widgets.engine_view.state import SORTS, EngineViewState
-from llmlab.widgets.markup import button, control, h, select
+from llmlab.widgets.markup import button, control, copies, h, select
 
 _MOST_ROWS = 300
 _COLOURS = {"attention": 0, "product": 1, "experts": 5, "norm": 2, "embedding": 4, "rest": 7}
@@ -32,7 +32,9 @@ def head(view: EngineViewState) -> Markup:
         class_="bar live-only",
     )
     status = h("p", view.status, role="status") if view.status else None
-    return h("div", h("h3", view.title()), [_facts(view, m) for m in view.measured], controls, status)
+    scripts = [copies(f"copy the script of {name}", text, "the Python that rebuilds it") for name, text in view.scripts]
+    facts = [_facts(view, m) for m in view.measured]
+    return h("div", h("h3", view.title()), facts, controls, h("div", scripts, class_="bar live-only"), status)
 
 
 def _facts(view: EngineViewState, found: EngineLayers) -> Markup:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import cached_property
+
+from llmlab.errors import InputError
 from llmlab.evaluate.layers.align import Alignment, PairRow, align
 from llmlab.evaluate.layers.model import CompiledLayer, EngineLayers, Row
 from llmlab.runtime.engine import Engine
+from llmlab.script import script
 
 SORTS = {"time": "longest first", "order": "as it runs", "name": "by name", "difference": "largest difference first"}
 """Ways to sort, and how they are called; `difference` is for two engines."""
@@ -25,6 +30,15 @@ class EngineViewState:
     def title(self) -> str:
         names = " against ".join(f"{m.engine} ({m.target})" for m in self.measured)
         return f"What runs in {names}"
+
+    @cached_property
+    def scripts(self) -> list[tuple[str, str]]:
+        """(name, Python that rebuilds it) of each engine whose manifest tells how it was made."""
+        found = []
+        for engine in self.engines:
+            with suppress(InputError):
+                found.append((engine.path.name, script(engine)))
+        return found
 
     @property
     def alignment(self) -> Alignment | None:
