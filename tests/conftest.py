@@ -44,14 +44,41 @@ LONG = {
 """Seconds that the longest files take, roughly. A notebook that isn't here counts as 60; other files fill up."""
 
 
+NIGHTLY = ("02_your_own_model", "06_attention_and_kv_cache_from_scratch")
+"""Notebooks that `make test-all` runs; what they show is checked as it was saved in each run."""
+NIGHTLY_CASES = (
+    "test_architectures.py::test_a_shallow_engine_answers_like_transformers[cohere]",
+    "test_architectures.py::test_a_shallow_engine_answers_like_transformers[falcon (ALiBi)]",
+    "test_architectures.py::test_a_shallow_engine_answers_like_transformers[gpt2]",
+    "test_architectures.py::test_a_shallow_engine_answers_like_transformers[gptj]",
+    "test_architectures.py::test_a_shallow_engine_answers_like_transformers[opt]",
+    "test_architectures.py::test_a_shallow_engine_answers_like_transformers[phi3 (longrope, long)]",
+    "test_convert.py::test_weights_stored_narrow_stay_maps_into_the_checkpoint",
+    "test_fold.py::test_the_model_stays_the_same[llama3-kinds1]",
+    "test_fold.py::test_the_model_stays_the_same[mistral-kinds4]",
+    "test_fold.py::test_the_model_stays_the_same[qwen2-kinds2]",
+    "test_from_onnx.py::test_a_file_gives_what_its_checkpoint_gives[attention mask]",
+    "test_from_onnx.py::test_narrow_graphs_compute_in_float32_on_weights_as_they_are_stored[10]",
+    "test_memory.py::test_weights_are_never_in_memory[build-bfloat16]",
+    "test_nemo.py::test_a_gpt2_gives_the_same_logits",
+    "test_nemo.py::test_a_nemotron_gives_the_same_logits",
+    "test_onnxruntime_backend.py::test_slots_cost_what_their_tokens_cost",
+    "test_quant_families.py::test_families[mixtral]",
+    "test_rope_config.py::test_the_command_line_chooses_too",
+    "test_tied.py::test_the_embedding_is_stored_once[dtype0-cohere]",
+)
+"""The dearest cases of tests whose other cases run with each change: `make test-all` runs these as well."""
 RUN_IN_A_BROWSER = ("01_checkpoint_to_engine", "05_in_flight_batching", "08_chat_with_and_compare_engines")
 """Notebooks that tests/browser runs where a browser is required, and nbmake need not run again."""
 
 
 @pytest.hookimpl(trylast=True)  # when those that don't run are gone
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long files first. Each of two workers begins with one half of the list, so they are dealt to the two halves; the rest
     fills them up. The tests that run last are short, then, and both workers end together."""
+    if "not slow" in config.option.markexpr:
+        items[:] = [i for i in items if not (i.path.suffix == ".ipynb" and i.path.stem in NIGHTLY)]
+        items[:] = [i for i in items if not i.nodeid.endswith(NIGHTLY_CASES)]
     if os.environ.get("LLMLAB_BROWSER") == "required":
         items[:] = [i for i in items if not (i.path.suffix == ".ipynb" and i.path.stem in RUN_IN_A_BROWSER)]
     files: dict[Path, list[pytest.Item]] = {}

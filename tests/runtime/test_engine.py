@@ -58,7 +58,7 @@ def test_it_opens_as_it_was_built(folder: Path) -> None:
     assert (m.target, m.precision, m.max_seq_len, m.limits.max_tokens_per_step) == ("onnxruntime", "float32", 64, 32)
     assert m.eos_token_ids == (2, 5) and m.generation["temperature"] == 0.7
     assert m.kv.layers == ((2, 16), (2, 16)) and m.kv.capacity % 1024 == 0
-    assert sorted(m.files) == ["generation_config.json", "model.onnx", "tokenizer.json", "weights.bin"]
+    assert sorted(m.files) == ["generation_config.json", "model.onnx", "origins.json", "tokenizer.json", "weights.bin"]
     assert engine.size == sum(p.stat().st_size for p in folder.iterdir()) - (folder / MANIFEST).stat().st_size
     assert "llama" in repr(engine) and "onnxruntime" in engine._repr_mimebundle_()["text/html"]
     assert json.dumps(engine.to_dict())

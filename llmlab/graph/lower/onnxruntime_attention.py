@@ -168,7 +168,9 @@ class AttentionLowering:
 
     def _turned(self, node: gs.Node, rows: gs.Tensor, heads: int) -> gs.Tensor:
         """RoPE of rows [T, heads · dim] as a node of its own."""
-        edit, where, (cos, sin) = self._edit, scope(node), node.inputs[8:10]
+        edit, where = self._edit, scope(node)
+        cos, sin = (self._by_slot(table) for table in node.inputs[8:10])  # the operator wants as many rows as tokens
+        assert cos is not None and sin is not None
         axis = edit.constant("batch_axis", np.array([0], np.int64))
         batch = edit.add("Unsqueeze", where, [rows, axis], dtype=_F32, shape=[1, *rows.shape])
         positions = self._indices["position_ids"]
