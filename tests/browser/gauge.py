@@ -157,10 +157,14 @@ class Gauge(Panel):
     def work(self, seconds: float) -> None:
         """Add a line 20 times a second, in a thread."""
 
+        stop = self.stop
+
         def add() -> None:
             end = time.monotonic() + seconds
-            while time.monotonic() < end and not self.stop.wait(0.05):
+            while time.monotonic() < end and not stop.wait(0.05):
                 with self.lock:
+                    if stop.is_set():
+                        return
                     self.count += 1
                     self.lines.append(f"line {len(self.lines)}")
                 self.refresh("bar", "typed", "log")

@@ -36,8 +36,9 @@ class EngineViewState:
         """(name, Python that rebuilds it) of each engine whose manifest tells how it was made."""
         found = []
         for engine in self.engines:
-            with suppress(InputError):
-                found.append((engine.path.name, script(engine)))
+            if isinstance(engine, Engine):  # a layer listing may be of something that has no manifest
+                with suppress(InputError):
+                    found.append((engine.path.name, script(engine)))
         return found
 
     @property
