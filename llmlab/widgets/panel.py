@@ -36,6 +36,8 @@ class Panel:
         self.lock = threading.RLock()
         self.problem = ""
         """The line about what the last action could not do."""
+        self.is_static = False
+        """Whether it is being drawn as a picture, where what would need a click is shown at once."""
         self._listeners: list[Listener] = []
 
     def title(self) -> str:
@@ -82,7 +84,12 @@ class Panel:
 
     def static(self) -> str:
         """The panel as a picture: HTML with its stylesheet and without a script; controls are hidden."""
-        return f"<style>{CSS.read_text('utf-8')}</style>{self.html()}"
+        with self.lock:
+            self.is_static = True
+            try:
+                return f"<style>{CSS.read_text('utf-8')}</style>{self.html()}"
+            finally:
+                self.is_static = False
 
     def save(self, path: str | Path) -> Path:
         """Write the picture as a page of its own, which needs no network."""

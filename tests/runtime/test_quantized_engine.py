@@ -80,7 +80,7 @@ def test_logits(graph: Graph, tmp_path: Path, plan: Plan, slots: list[int]) -> N
     found = logits(fast, plan, slots)
     assert 1e-3 < off(found, expected) < 0.05  # activations are rounded to int8, by blocks
     many = logits(both, plan, slots)
-    assert 1e-3 < off(many, expected) < 0.1  # and by rows
+    assert 1e-3 < off(many, expected) < 0.08  # and by rows
     steps = zip(found, many, strict=True)
     used = [len(f) >= onnxruntime._MANY_ROWS for f in found]
     assert any(used) and not all(used) and any(not np.array_equal(f, m) for f, m in steps)

@@ -1,7 +1,6 @@
 """Products of eight-bit weights and activations for ONNX Runtime's CPU: MatMulIntegerToFloat, whose sums are exact integers.
 
-Activations are uint8 around 128, and so are weights: on processors without VNNI, sums of two products of uint8 and int8 saturate. Weights up
-to 63 don't reach that far, and stay int8, which is faster.
+Both sides are uint8 around 128: on processors without VNNI the product of uint8 and int8 saturates.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from llmlab.graph.store.deferred import DeferredValues
 from llmlab.graph.store.storage import array
 
 _FLOAT, _UINT8 = np.dtype(np.float32), np.dtype(np.uint8)
-_ZERO, _MOST, _FEW = 128, 127, 63
+_ZERO, _MOST = 128, 127
 _LEAST_SCALE = 1e-12
 """Where all numbers are zero."""
 
@@ -42,7 +41,7 @@ def for_many_rows(lowered: Graph) -> Graph:
     """A lowered graph for steps of many rows, where products of integers are fastest; the given graph is not changed.
 
     Each MatMulNBits becomes one: activations are rounded to int8 by rows, and the weight, whatever its grid, again by channels. Weights
-    of four bits get integers up to 63 and lose little by it, their own steps being much wider. All other constants are those of the given graph.
+    of four bits lose little by it, their own steps being much wider. All other constants are those of the given graph.
     """
     result = lowered.copy()
     result.stands_for |= lowered.stands_for
@@ -68,7 +67,6 @@ class _Products:
     def __init__(self, edit: Editor) -> None:
         self._edit = edit
         self._zero = edit.constant("int8_zero", np.array(_ZERO, _UINT8))
-        self._signed_zero = edit.constant("int8_signed_zero", np.array(0, np.int8))
         self._one = edit.constant("int8_one", np.array(1, np.float32))
         self._part = edit.constant("int8_part", np.array(1 / _MOST, np.float32))
         self._made: dict[int, tuple[gs.Tensor, gs.Tensor, gs.Tensor | None]] = {}
@@ -100,12 +98,10 @@ class _Products:
         x, name = node.inputs[0], node.inputs[1].name
         if id(x) not in self._made:
             self._made[id(x)] = self._by_row(scope(node), x, self._largest(scope(node), x), self._part)
-        small = weight.dtype == "int4"
-        most = _FEW if small else _MOST
-        values = gs.Constant(f"{name}.int8", Requantized(weight, most))
-        scale = gs.Constant(f"{name}.int8_scale", ChannelScales(weight, most))
+        values = gs.Constant(f"{name}.int8", Requantized(weight))
+        scale = gs.Constant(f"{name}.int8_scale", ChannelScales(weight))
         columns = QuantizedWeight(values, scale, None, 0, 0).transposed()
-        self._multiply(node, columns, operand(node, 5), node.outputs[0], *self._made[id(x)], signed=small)
+        self._multiply(node, columns, operand(node, 5), node.outputs[0], *self._made[id(x)])
 
     def _multiply(
         self,
@@ -116,16 +112,12 @@ class _Products:
         x: gs.Tensor,
         step: gs.Tensor,
         column: gs.Tensor | None,
-        *,
-        signed: bool = False,
     ) -> None:
-        """Let rounded x @ `weight` [K, N] (+ bias) take the place of `out`. signed: the weight's integers are small enough for int8."""
+        """Let rounded x @ `weight` [K, N] (+ bias) take the place of `out`."""
         edit, where, name, width = self._edit, scope(node), weight.values.name, weight.shape[1]
-        values = (
-            weight.values if signed else gs.Constant(edit.name(f"{name}.columns"), Shifted(weight.values, weight.shape))
-        )
+        values = gs.Constant(edit.name(f"{name}.columns"), Shifted(weight.values, weight.shape))
         scale: gs.Tensor = gs.Constant(edit.name(f"{name}.scales"), _PerChannel(weight.scale, width, _FLOAT))
-        zero: gs.Tensor = self._signed_zero if signed else self._zero
+        zero: gs.Tensor = self._zero
         if weight.zero_point is not None:
             zero = gs.Constant(edit.name(f"{name}.zeros"), _PerChannel(weight.zero_point, width, _UINT8))
         inputs = [x, values, step, scale, self._zero, zero, bias if column is None else None]
@@ -187,30 +179,30 @@ class _PerChannel(DeferredValues):
 
 
 class ChannelScales(DeferredValues):
-    """The scale of each row of a weight [N, K] that is rounded again, to integers up to `most`, [N]."""
+    """The scale of each row of a weight [N, K] that is rounded to int8 again, [N]."""
 
-    def __init__(self, weight: QuantizedWeight, most: int) -> None:
+    def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__((weight.shape[0],), _FLOAT)
-        self._weight, self._most = weight, most
+        self._weight = weight
         self.sources = [weight.values._values, weight.scale._values]
 
     def load(self) -> np.ndarray:
-        return _channel_scales(self._weight.dequantize(), self._most)
+        return _channel_scales(self._weight.dequantize())
 
 
 class Requantized(DeferredValues):
-    """A weight [N, K], whatever its grid, rounded to integers up to `most` by rows."""
+    """A weight [N, K], whatever its grid, rounded to int8 by rows."""
 
-    def __init__(self, weight: QuantizedWeight, most: int) -> None:
+    def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__(weight.shape, np.dtype(np.int8))
-        self._weight, self._most = weight, most
+        self._weight = weight
         self.sources = [weight.values._values, weight.scale._values]
 
     def load(self) -> np.ndarray:
         wide = self._weight.dequantize()
-        wide /= _channel_scales(wide, self._most)[:, None]
+        wide /= _channel_scales(wide)[:, None]
         return np.rint(wide, out=wide).astype(np.int8)
 
 
-def _channel_scales(wide: np.ndarray, most: int) -> np.ndarray:
-    return np.maximum(np.abs(wide).max(1) / np.float32(most), np.float32(_LEAST_SCALE))
+def _channel_scales(wide: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(wide).max(1) / np.float32(_MOST), np.float32(_LEAST_SCALE))

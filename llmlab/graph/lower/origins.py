@@ -81,9 +81,10 @@ def match(
         homes = {name: i for i, names in enumerate(found) for name in names[number]}
         for name in reversed(side.constant(common)):
             readers = {homes.get(reader) for reader in side.readers[name]}
-            if len(readers) == 1 and None not in readers:
-                (homes[name],) = readers  # type: ignore[assignment]
-                found[homes[name]][number].append(name)
+            home = readers.pop() if len(readers) == 1 else None
+            if home is not None:
+                homes[name] = home
+                found[home][number].append(name)
             elif number:
                 homes[name] = len(found)
                 found.append(([], [name]))

@@ -211,14 +211,6 @@ class Inspector(InspectorState, Panel):
 
     # Drawing
 
-    def static(self) -> str:
-        with self.lock:
-            self.is_static = True
-            try:
-                return super().static()
-            finally:
-                self.is_static = False
-
     def draw_bar(self) -> Markup:
         return draw_bar.bar(self)
 

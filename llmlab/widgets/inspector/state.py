@@ -21,6 +21,8 @@ MOST_ROWS = 300
 class InspectorState:
     """A graph as a tree, the overlays on it, and what is unfolded, shown, looked at and searched."""
 
+    is_static: bool  # the panel says
+
     def __init__(
         self, graph: Graph, *, times: Mapping[str, float] | None, engine: Any, reference: Graph | None
     ) -> None:
@@ -44,7 +46,6 @@ class InspectorState:
         self.query = ""
         self.hits: list[Hit] = []
         self.found = 0
-        self.is_static = False
         self.working = ""
         self._edges: dict[tuple[str, ...], Edges] = {}
         self.weigh()

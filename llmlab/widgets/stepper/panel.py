@@ -30,7 +30,6 @@ class Stepper(Panel):
         self.at = self._find(at)
         self.chosen = 0
         self._places: dict[int, list[Place]] = {}
-        self.is_static = False
 
     def title(self) -> str:
         if not self.reports:
@@ -100,14 +99,6 @@ class Stepper(Panel):
         return ("places", "sides", "changes")
 
     # Drawing
-
-    def static(self) -> str:
-        with self.lock:
-            self.is_static = True
-            try:
-                return super().static()
-            finally:
-                self.is_static = False
 
     def draw_bar(self) -> Markup:
         if not self.reports:
