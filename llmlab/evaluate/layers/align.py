@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmlab.evaluate.layers.model import CompiledLayer, EngineLayers, Row, microseconds
+from llmlab.graph.disjoint import DisjointSets
 
 SAME = 0.05
 """Times that differ by less than this share of the longer one are called the same."""
@@ -111,21 +112,15 @@ def align(first: EngineLayers, second: EngineLayers, phase: str = "decode") -> A
     What a compiler added of its own has no partner.
     """
     sides = [[layer for layer in engine.layers if phase in layer.phases] for engine in (first, second)]
-    above: dict[Any, Any] = {}
-
-    def find(item: Any) -> Any:
-        while above.setdefault(item, item) != item:
-            item = above[item]
-        return item
-
+    sets = DisjointSets()
     for side, layers in enumerate(sides):
         for number, layer in enumerate(layers):
             for node in layer.nodes:
-                above[find((side, number))] = find(node)
+                sets.join((side, number), node)
     groups: dict[Any, tuple[list[CompiledLayer], list[CompiledLayer]]] = {}
     for side, layers in enumerate(sides):
         for number, layer in enumerate(layers):
-            groups.setdefault(find((side, number)), ([], []))[side].append(layer)
+            groups.setdefault(sets.find((side, number)), ([], []))[side].append(layer)
     return Alignment((first, second), tuple(Pair(tuple(one), tuple(two)) for one, two in groups.values()))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
+from llmlab.graph.disjoint import DisjointSets
 from llmlab.graph.lower.origins import Origin, Origins
 
 Group = tuple[tuple[str, ...], tuple[str, ...]]
@@ -15,28 +16,22 @@ def join_groups(first: Origins, second: Sequence[Origin]) -> tuple[list[Group], 
 
     first: what the serving graph became. second: what became of that; a node that it doesn't name is gone.
     """
-    above: dict[int, int] = {}
-
-    def find(item: int) -> int:
-        while above.setdefault(item, item) != item:
-            item = above[item]
-        return item
-
+    sets = DisjointSets()
     home = {made: i for i, group in enumerate(first.groups) for made in group.made}
     ways: list[set[int]] = []  # groups of `first` by group of `second`
     for group in second:
         mine = {home[name] for name in group.nodes if name in home}
         ways.append(mine)
         for other in mine:
-            above[find(other)] = find(min(mine))
-    nodes: dict[int, list[str]] = {}
+            sets.join(other, min(mine))
+    nodes: dict[Hashable, list[str]] = {}
     for i, group in enumerate(first.groups):
-        nodes.setdefault(find(i), []).extend(group.nodes)
-    kernels: dict[int, list[str]] = {}
+        nodes.setdefault(sets.find(i), []).extend(group.nodes)
+    kernels: dict[Hashable, list[str]] = {}
     alone: list[Group] = []
     for mine, group in zip(ways, second, strict=True):
         if mine:
-            kernels.setdefault(find(min(mine)), []).extend(group.made)
+            kernels.setdefault(sets.find(min(mine)), []).extend(group.made)
         else:
             alone.append(((), group.made))
     order = {name: i for i, name in enumerate(first.ops)}

@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
+from llmlab.graph.disjoint import DisjointSets
 from llmlab.graph.graph import Graph
 
 
@@ -63,7 +64,7 @@ def match(
         _Side(after, stands_for or {}, both),
     ]
     common = sides[0].made & sides[1].made
-    sets = _Sets()
+    sets = DisjointSets()
     for number, side in enumerate(sides):
         for node in side.moving:
             for tensor in side.touches(node, common):
@@ -133,19 +134,3 @@ def _fixed(tensor: gs.Tensor, nodes: set[str]) -> bool:
     if isinstance(tensor, gs.Constant) or not tensor.name:
         return True
     return bool(tensor.inputs) and tensor.inputs[0].name in nodes
-
-
-class _Sets:
-    """Disjoint sets."""
-
-    def __init__(self) -> None:
-        self._above: dict[Any, Any] = {}
-
-    def find(self, item: Any) -> Any:
-        while (above := self._above.setdefault(item, item)) != item:
-            self._above[item] = self._above.get(above, above)
-            item = above
-        return item
-
-    def join(self, a: Any, b: Any) -> None:
-        self._above[self.find(a)] = self.find(b)
