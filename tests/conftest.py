@@ -25,6 +25,7 @@ LONG = {
     "test_notebooks_in_a_page.py": 180,
     "test_instruments.py": 90,
     "test_panels_in_a_page.py": 60,
+    "test_instruments_of_engines.py": 30,
     "test_exported_notebooks.py": 40,
     "test_architectures.py": 60,
     "test_fuzz.py": 40,

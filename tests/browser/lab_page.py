@@ -69,6 +69,18 @@ class LabPage:
         self.start_all()
         self.finish()
 
+    def add_cell(self, code: str) -> None:
+        """Run `code` in a new cell at the notebook's end, and don't wait for it."""
+        self.page.evaluate(
+            """async (source) => {
+              const notebook = jupyterapp.shell.currentWidget.content;
+              notebook.model.sharedModel.addCell({ cell_type: "code", source });
+              notebook.activeCellIndex = notebook.widgets.length - 1;
+              await jupyterapp.commands.execute("notebook:run-cell");
+            }""",
+            code,
+        )
+
     def python(self, code: str) -> str:
         """What `code` prints in the notebook's kernel, run beside its cells."""
         return self.page.evaluate(_PYTHON, code)

@@ -7,17 +7,14 @@ from pathlib import Path
 
 import pytest
 from conftest import Store
+from made_up_sensitivity import FACTOR, SAVED, made_up_sensitivities
 
 import llmlab as ll
 from llmlab.errors import InputError
 from llmlab.evaluate.metrics import Estimate
-from llmlab.evaluate.sensitivity import Sensed, Sensitivity, units
-from llmlab.quant.recipe import Recipe
+from llmlab.evaluate.sensitivity import Sensed, Sensitivity
 from llmlab.widgets.explorer.explorer import PrecisionExplorer, explore
 from llmlab.widgets.explorer.mix import Mix
-
-SAVED = {"int8": 3, "int4_rtn": 5}
-FACTOR = {"int8": 1.0, "int4_rtn": 7.0}
 
 
 def sensed(recipe: str, count: int = 6, wide: int = 100) -> Sensitivity:
@@ -90,15 +87,7 @@ def test_a_part_that_was_measured_with_one_recipe_only() -> None:
 
 def panel_of(store: Store) -> PrecisionExplorer:
     graph = store.serving("llama")
-    found = []
-    for name, factor in FACTOR.items():
-        recipe = Recipe.parse(name)
-        rows = tuple(
-            Sensed(u.projections, u.layer, u.role, Estimate(1e-3 * factor * (1 + i)), 1000 * SAVED[name], u.overrides)
-            for i, u in enumerate(units(graph, recipe, "product"))
-        )
-        found.append(Sensitivity(name, rows, wide_bytes=250_000))
-    return explore(graph, found)
+    return explore(graph, made_up_sensitivities(graph))
 
 
 def test_the_page_moves_the_expectation(store: Store) -> None:
