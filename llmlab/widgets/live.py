@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import Context, copy_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +23,9 @@ _HERE = Path(__file__).parent
 class Shown(Protocol):
     """What the page asks of a panel (llmlab/widgets/panel.py)."""
 
+    @property
+    def lock(self) -> AbstractContextManager[Any]: ...
+
     def html(self) -> str: ...
 
     def act(self, act: str, key: str = "", value: Any = None) -> dict[str, str]: ...
@@ -39,26 +43,28 @@ class LivePanel(anywidget.AnyWidget):
     def __init__(self, panel: Shown) -> None:
         super().__init__(html=panel.html())
         self._panel = panel
-        self._open: dict[str, Context] = {}
+        self._open: set[str] = set()
+        self._asked: Context | None = None
         self.on_msg(self._receive)
         panel.listen(self._draw)
 
     def _draw(self, drawn: dict[str, str]) -> None:
-        # A kernel sends the page's next action to where this message came from: it must not wait behind a running cell
-        # because a cell, or a thread that a cell started, drew last. So all come from where the page asked.
-        views = tuple(self._open.values())
-        if views:
-            views[-1].copy().run(self.send, {"regions": drawn})
+        # A kernel sends the page's next action to where its last message came from: it must not wait behind a running
+        # cell because a cell, or a thread that a cell started, drew last. So all come from where the page asked last.
+        if self._open and self._asked:
+            self._asked.copy().run(self.send, {"regions": drawn})
 
     def _receive(self, _: Any, message: Any, buffers: Any) -> None:
         if not isinstance(message, dict):
             return
+        self._asked = copy_context()
         if opened := message.get("open"):
-            self._open[str(opened)] = copy_context()
-            self.send({"whole": self._panel.html()})
+            self._open.add(str(opened))
+            with self._panel.lock:  # what is drawn from now on comes behind it
+                self.send({"whole": self._panel.html()})
             return
         if closed := message.get("closed"):
-            self._open.pop(str(closed), None)
+            self._open.discard(str(closed))
             return
         self._panel.act(str(message.get("act", "")), str(message.get("key", "")), message.get("value"))
         self.send({"done": message.get("number")})

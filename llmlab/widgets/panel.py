@@ -61,15 +61,14 @@ class Panel:
             drawn = self.draw(self.regions if changed is None else changed)
             if before or self.problem:
                 drawn["problem"] = self._draw_problem()
-        self._tell(drawn)
+            self._tell(drawn)
         return drawn
 
     def refresh(self, *regions: str) -> None:
         """Draw these regions again (all without any) in every page that shows this panel. From any thread."""
         if self._listeners:
             with self.lock:
-                drawn = self.draw(regions or self.regions)
-            self._tell(drawn)
+                self._tell(self.draw(regions or self.regions))
 
     def draw(self, regions: Iterable[str]) -> dict[str, str]:
         """HTML by region."""
@@ -101,7 +100,10 @@ class Panel:
         return Path(path)
 
     def listen(self, listener: Listener) -> None:
-        """Call `listener` with HTML by region whenever regions are drawn again."""
+        """Call `listener` with HTML by region whenever regions are drawn again.
+
+        It is called with `lock` held, so that what was drawn last is told last; it must not wait for another thread.
+        """
         self._listeners.append(listener)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import BrowserContext, sync_playwright
+from playwright.sync_api import BrowserContext, expect, sync_playwright
 
 from browser.lab_page import LabPage
 from browser.lab_server import LabServer
@@ -73,6 +73,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContex
             ],
         )
         context.set_default_timeout(60_000)
+        expect.set_options(timeout=30_000)  # ms; a busy machine is slow, and a wrong page stays wrong
         yield context
         context.close()
 

@@ -154,14 +154,15 @@ class Gauge(Panel):
         self.unfolded ^= {key}
         return ["tree"]
 
-    def work(self, seconds: float) -> None:
-        """Add a line 20 times a second, in a thread."""
+    def work(self, lines: int) -> None:
+        """Add so many lines, about 20 a second, in a thread."""
 
         stop = self.stop
 
         def add() -> None:
-            end = time.monotonic() + seconds
-            while time.monotonic() < end and not stop.wait(0.05):
+            for _ in range(lines):
+                if stop.wait(0.05):
+                    return
                 with self.lock:
                     if stop.is_set():
                         return

@@ -1,5 +1,7 @@
 """What all panels do: draw regions, carry out actions, show errors as a line, escape what strangers wrote."""
 
+import threading
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,52 @@ def test_refresh_tells_pages_from_any_thread():
     panel.listen(heard.append)
     panel.refresh("count")
     assert [set(drawn) for drawn in heard] == [{"count"}]
+
+
+def test_what_was_drawn_last_is_told_last():
+    """A thread that drew and then was held up must not put its older picture over a newer one."""
+    panel, heard, drawn, go = Counter(), [], threading.Event(), threading.Event()
+
+    def hear(regions: dict[str, str]) -> None:
+        if not heard and threading.current_thread() is slow:
+            drawn.set()
+            go.wait(0.5)
+        heard.append(regions["count"])
+
+    panel.listen(hear)
+    slow = threading.Thread(target=panel.refresh, args=("count",))
+    slow.start()
+    assert drawn.wait(10)
+    panel.act("add", "2")
+    go.set()
+    slow.join()
+    assert heard == [str(Counter().draw_count()), str(panel.draw_count())]
+
+
+def test_regions_are_sent_from_where_the_page_asked_last():
+    """The kernel sends the next action to where the last message came from: never back to a cell that runs."""
+    pytest.importorskip("anywidget")
+    from llmlab.widgets.live import LivePanel
+
+    where, panel, sent = ContextVar("where", default="a thread"), Counter(), []
+    live = LivePanel(panel)
+    live.send = lambda message, buffers=None: sent.append((where.get(), *message))
+
+    def receive(place: str, message: dict[str, object]) -> None:
+        copy_context().run(lambda: (where.set(place), live._handle_custom_msg(message, [])))
+
+    panel.refresh("count")
+    receive("a cell", {"open": "v"})
+    receive("a subshell", {"act": "add", "key": "1", "number": 1})
+    panel.refresh("count")
+    receive("a subshell", {"closed": "v"})
+    panel.refresh("count")
+    assert sent == [
+        ("a cell", "whole"),
+        ("a subshell", "regions"),
+        ("a subshell", "done"),
+        ("a subshell", "regions"),
+    ]
 
 
 def test_without_a_kernel_the_bundle_is_the_picture():
