@@ -69,14 +69,14 @@ view
 # %% [markdown]
 # ## Precisions, layer by layer
 #
-# The same model with int4 weights, and with int8 weights and activations. Kernels that multiply are compiled with llmlab's own once,
+# The same model with int4 weights, with int8 weights and activations, and with fp8 on both sides. Kernels that multiply are compiled with llmlab's own once,
 # and given to each build.
 
 # %%
 kernels = kernels_for(graph, config)
 made = {"float16": float16}
-for recipe in ("int4_rtn", "int8_w8a8"):
-    calibration = "tinychat" if recipe == "int8_w8a8" else None
+for recipe in ("int4_rtn", "int8_w8a8", "fp8"):
+    calibration = None if recipe == "int4_rtn" else "tinychat"
     quantized = ll.quantize(graph, recipe, calibration=calibration)
     made[recipe] = ll.build(
         quantized,
@@ -101,6 +101,12 @@ ll.inspect(made["float16"], made["int8_w8a8"])
 # %% [markdown]
 # With int8 on both sides, products are integer products (`int8 × int8`), and rounding moved into the kernels in front of them: `MinMaxRounCast`
 # at the end of a norm's name is the QuantizeLinear behind it.
+
+# %%
+ll.inspect(made["int8_w8a8"], made["fp8"])
+
+# %% [markdown]
+# fp8 is cut in the same way, into products of `fp8 × fp8`. Where int8 clamps and rounds (`MinMaxRounCast`), it has one cast.
 #
 # How many kernels a decode step launches, and how many bytes it moves:
 
