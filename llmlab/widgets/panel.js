@@ -3,7 +3,7 @@
 // Every element with data-act sends {act, key, value}: buttons and rows on a click, what has a value when that changes,
 // forms when they are submitted. Python answers with the HTML of the regions that changed, then with {done: number}.
 // Attributes that panels use: data-draft (typed text stays), data-clears, data-enter, data-scroll (the place stays; with
-// data-follow its end), data-reveal (scrolled to once), details[data-keep], data-walk (arrow keys: column or row), data-copy.
+// data-follow its end), data-reveal (scrolled to once), details[data-keep], data-walk (arrow keys: column, row, or grid for a table), data-copy.
 // Attributes of the root tell tests what is going on: data-waiting (actions without an answer), data-latency (ms, last).
 
 const TYPED = "textarea, input:not([type=range], [type=checkbox], [type=radio])";
@@ -193,10 +193,11 @@ function render({ model, el }) {
     const all = stops(place);
     const here = all.indexOf(event.target);
     if (here < 0) return;
-    const flat = place.dataset.walk === "row";
+    const flat = place.dataset.walk !== "column";
     const level = (stop) => Number(stop?.getAttribute("aria-level") ?? NaN);
     const open = event.target.getAttribute("aria-expanded");
     let goal = { [flat ? "ArrowRight" : "ArrowDown"]: here + 1, [flat ? "ArrowLeft" : "ArrowUp"]: here - 1, Home: 0, End: all.length - 1 }[event.key];
+    if (place.dataset.walk === "grid" && ["ArrowDown", "ArrowUp"].includes(event.key)) goal = all.indexOf(beside(event.target, event.key === "ArrowDown" ? "nextElementSibling" : "previousElementSibling"));
     if (!flat && event.key === "ArrowRight" && open === "true" && level(all[here + 1]) > level(all[here])) goal = here + 1;
     if (!flat && event.key === "ArrowLeft" && open !== "true") goal = all.findLastIndex((stop, n) => n < here && level(stop) < level(all[here]));
     if (goal !== undefined) {
@@ -265,6 +266,15 @@ function render({ model, el }) {
 
 function stops(place) {
   return [...place.querySelectorAll("[data-act]:not(:disabled), summary")].filter((e) => !e.matches(VALUED) && (e.ownerSVGElement || e.checkVisibility()));
+}
+
+// The control below or above in a table's column, or the cell itself where there is none.
+function beside(cell, sibling) {
+  for (let row = cell.parentElement[sibling]; row; row = row[sibling]) {
+    const there = row.cells[cell.cellIndex];
+    if (there?.matches("[data-act]")) return there;
+  }
+  return cell;
 }
 
 function valueOf(control) {

@@ -140,6 +140,10 @@ class PanelView:
     def picture(self, name: str) -> Path:
         """Save what the panel looks like."""
         path = self.lab.pictures / f"{name}.png"
+        window = self.lab.page.viewport_size
+        assert window is not None
+        needed = int(self.root.evaluate("(e) => e.offsetHeight")) + 200  # with the notebook's bars
+        self.lab.page.set_viewport_size({"width": window["width"], "height": max(1400, needed)})
         self.root.scroll_into_view_if_needed()
         self.root.screenshot(path=path)
         return path

@@ -141,8 +141,10 @@ def test_a_budget_and_a_hand_choose_precisions_and_an_engine_is_built(opened, mo
     keys.press("Enter")
     panel.settled()
     expect(kept).to_have_count(0)
-    keys.press("ArrowRight")
-    keys.press("ArrowLeft")
+    for key in ("ArrowDown", "ArrowRight", "ArrowUp", "ArrowLeft"):  # round in a square
+        keys.press(key)
+        spoken = opened.page.evaluate("() => document.activeElement.title")
+        assert (".layers.1." in spoken) == (key in ("ArrowDown", "ArrowRight")), spoken
     keys.press(" ")
     panel.settled()
     expect(kept).to_have_count(1)

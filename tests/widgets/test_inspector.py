@@ -370,6 +370,29 @@ def test_rows_of_a_quantized_weight_are_those_of_the_whole(axis, block, monkeypa
     assert few.size <= 1 << 12 and set(few.tolist()) <= set(whole.reshape(-1).tolist())
 
 
+def test_measure_runs_the_engine_and_lays_its_times_over_the_graph(store, monkeypatch):
+    measure = importlib.import_module("llmlab.evaluate.layers.measure")
+    real, seen = measure.layers, []
+    monkeypatch.setattr(measure, "layers", lambda *given, **options: seen.append(real(*given, **options)) or seen[-1])
+    panel = Inspector(store.serving("llama"), engine=store.engine("llama"))
+    assert "Measure" in panel.draw_bar()
+    drawn = panel.act("measure")
+    assert "measuring" in drawn["legend"] and "disabled" in drawn["bar"]
+    panel.wait(120)
+    (found,) = seen
+    assert panel.overlay.name == "time decode" and panel.working == "" and "disabled" not in panel.draw_bar()
+    for phase in ("decode", "prefill"):
+        panel.act("overlay", "", f"time {phase}")
+        times = {leaf.name: panel.overlay.of([leaf]) for leaf in panel.leaves}
+        assert set(found.by_node(phase)) <= set(times), "every node that ran is one of the graph"
+        assert sum(times.values()) == pytest.approx(sum(s.seconds[phase] for s in found.layers if s.nodes))
+        for leaf in panel.leaves:
+            if leaf.node.op == "PagedAttention" or "down_proj/MatMul" in leaf.name:
+                assert times[leaf.name] > 0, f"{leaf.name} took no time"
+        assert any(times[leaf.name] == 0 for leaf in panel.leaves), "what was folded away took none"
+        assert re.search(r"[\d.]+ [µm]s", panel.draw_tree())
+
+
 def test_an_engine_is_measured_when_asked(serving, monkeypatch):
     class Layers:
         phases = ("decode", "prefill")

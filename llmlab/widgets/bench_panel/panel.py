@@ -15,6 +15,7 @@ from llmlab.evaluate.roofline import measure_roofline
 from llmlab.machine import physical_cores
 from llmlab.runtime.engine import Engine
 from llmlab.widgets.bench_panel import draw
+from llmlab.widgets.bench_panel.draw_roofline import roofline
 from llmlab.widgets.bench_panel.state import BenchState
 from llmlab.widgets.panel import Panel
 
@@ -126,7 +127,7 @@ class BenchPanel(BenchState, Panel):
         return draw.numbers(self)
 
     def draw_roofline(self) -> Markup:
-        return draw.roofline(self)
+        return roofline(self)
 
     def to_dict(self) -> dict[str, Any]:
         return {

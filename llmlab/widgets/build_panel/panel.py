@@ -78,13 +78,14 @@ class BuildPanel(Panel):
             stages, now = list(self.run.stages), self.run.now
         longest = max((stage.seconds(now) for stage in stages), default=1.0) or 1.0
         rows = [self._stage(stage, now, longest) for stage in stages]
-        head = h("tr", [h("th", text, scope="col") for text in ("stage", "took", "", "so far")])
+        heads = (("stage", None), ("took", "number"), ("", None), ("so far", None))
+        head = h("tr", [h("th", text, scope="col", class_=look) for text, look in heads])
         return h("table", h("thead", head), h("tbody", rows), class_="bp-stages") if rows else h("p", "beginning")
 
     @staticmethod
     def _stage(stage: Stage, now: float, longest: float) -> Markup:
         seconds = stage.seconds(now)
-        bar = h("span", class_="bp-bar", style=f"width:{max(1.0, 120 * seconds / longest):.0f}px")
+        bar = h("span", class_="bp-bar", style=f"width:{max(1.0, 200 * seconds / longest):.0f}px")
         word = "" if stage.ended is not None else " (running)"
         return h(
             "tr",
@@ -114,8 +115,12 @@ class BuildPanel(Panel):
             h("h4", f"{engine.size:,} bytes in {len(files)} files"),
             h("table", h("tr", h("th", "file", scope="col"), h("th", "bytes", scope="col", class_="number")), rows),
             more,
-            h("p", "see what the compiler made of it: ", h("code", f"ll.inspect({path!r})"), " "),
-            copies("copy that line", f"ll.inspect({path!r})"),
+            h(
+                "div",
+                h("span", "see what the compiler made of it: ", h("code", f"ll.inspect({path!r})")),
+                copies("copy that line", f"ll.inspect({path!r})"),
+                class_="bar",
+            ),
         )
 
     def _tick(self) -> None:

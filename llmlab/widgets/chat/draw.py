@@ -160,13 +160,13 @@ def _answer(turn: Turn, place: int, which: int, difference: int | None, pair: bo
     if pair:
         kept = turn.kept == which
         keep = button(
-            "the conversation goes on with this one" if kept else "Go on with this one",
+            "going on with this one" if kept else "Go on with this one",
             "keep",
             f"{place}.{which}",
             aria_pressed="true" if kept else "false",
         )
     small = h("small", facts(answer), class_="facts", aria_live="polite" if answer.going else None)
-    return h("div", h("b", answer.engine), body, problem, small, " ", keep, class_="answer")
+    return h("div", h("b", answer.engine), body, problem, h("div", small, keep, class_="bar"), class_="answer")
 
 
 def _spans(answer: Answer, place: int, difference: int | None) -> Iterator[Markup]:

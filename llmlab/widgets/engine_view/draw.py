@@ -50,9 +50,9 @@ def _facts(view: EngineViewState, found: EngineLayers) -> Markup:
             what = f"a token of each of {run['batch']} sequences after {run['context']}"
         said.append(f"{phase} ({what}): {milliseconds(found.step[phase])} a step" if phase in found.step else "")
         if phase in found.between:
-            said.append(f"{microseconds(found.between[phase])} of it between kernels")
+            said.append(f"with each layer timed, {microseconds(found.between[phase])} of a step lie between kernels")
         if "threads" in run:
-            said.append(f"{run['threads']} threads")
+            said.append(f"{run['threads']} thread{'' if run['threads'] == 1 else 's'}")
     notes = [h("p", h("small", note)) for note in found.notes]
     return h("div", h("p", "; ".join(filter(None, said))), notes)
 
@@ -157,7 +157,7 @@ def _pair(view: EngineViewState, row: PairRow) -> Markup:
         class_="ev-row ev-two",
     )
     sides = [h("div", h("h4", view.measured[side].engine), _made_of(view, row.layers(side))) for side in (0, 1)]
-    return h("details", line, h("div", sides, class_="columns"), data_keep=row.name)
+    return h("details", line, h("div", sides, class_="columns ev-sides"), data_keep=row.name)
 
 
 def _made_of(view: EngineViewState, given: list[CompiledLayer]) -> Markup:
@@ -199,9 +199,10 @@ def _folded(found: EngineLayers) -> Markup | None:
     if not found.folded:
         return None
     names = [h("li", h("code", name)) for name in found.folded[:_MOST_ROWS]]
-    title = (
-        f"{found.engine}: {len(found.folded)} nodes of the serving graph were computed before it runs, or are of no use"
-    )
+    count = len(found.folded)
+    which = "1 node of the serving graph was computed before it runs, or is" if count == 1 else ""
+    which = which or f"{count} nodes of the serving graph were computed before it runs, or are"
+    title = f"{found.engine}: {which} of no use"
     return h("details", h("summary", title), h("ul", names), data_keep=f"folded {found.engine}")
 
 

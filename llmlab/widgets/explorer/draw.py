@@ -64,6 +64,7 @@ def front_picture(mix: Mix, budget: int) -> Markup:
         "svg",
         h("title", title),
         parts,
+        class_="plot",
         viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
         width="100%",
         style=f"max-width:{_WIDTH}px",
@@ -110,7 +111,7 @@ def heat_table(mix: Mix, shown: str) -> Markup:
     for layer in layers:
         entries = [_cell(mix, found.get((layer, role)), heat) for role in roles]
         rows.append(h("tr", h("th", layer), entries))
-    return h("div", h("table", head, rows, class_="map"), class_="wide", data_walk="row")
+    return h("div", h("table", head, rows, class_="map"), class_="wide", data_walk="grid")
 
 
 def _cell(mix: Mix, cell: Cell | None, heat: Callable[[float], float]) -> Markup:

@@ -161,7 +161,7 @@ class PrecisionExplorer(Panel):
     def draw_summary(self) -> Markup:
         counts = {name: sum(self.mix.chosen(i) == name for i in range(len(self.mix.parts))) for name in self.mix.names}
         said = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
-        over = "" if self.mix.size <= self.budget else h("span", " over the budget", class_="removed")
+        over = "" if self.mix.size <= self.budget else h("span", "over the budget", class_="badge over")
         numbers = h("b", f"KL {self.mix.kl:.3g}"), " nats a token and ", h("b", megabytes(self.mix.size)), " expected"
         return h(
             "div",
@@ -169,6 +169,7 @@ class PrecisionExplorer(Panel):
             h(
                 "p",
                 numbers,
+                " ",
                 over,
                 h("br"),
                 h("small", f"{len(self.mix.parts)} parts: {said}; wide is {megabytes(self.mix.wide_bytes)}"),
@@ -202,7 +203,7 @@ class PrecisionExplorer(Panel):
             select("colours: KL with", "show", choices[1:], self.shown),
             class_="bar",
         )
-        about = f"Each part: its precision, and below it the KL that {self.shown} alone costs there. Darker costs more."
+        about = f"Each part: its precision, and below it the KL that {self.shown} alone costs there. A stronger colour costs more."
         return h("div", h("h4", "Layers × projections"), bar, heat_table(self.mix, self.shown), h("small", about))
 
     def draw_measured(self) -> Markup:

@@ -121,7 +121,7 @@ class Inspector(InspectorState, Panel):
             raise InputError("no engine to measure: inspect(graph, engine=…) with one that was built of this graph")
         self.working = "measuring"
         self._start(self._measure)
-        return ("legend",)
+        return ("bar", "legend")
 
     def on_stop(self, key: str, value: Any) -> Iterable[str]:
         self._stop.set()

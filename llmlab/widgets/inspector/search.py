@@ -56,8 +56,11 @@ class Index:
         ]
         total = len(hits)
         for kind in KINDS[1:]:
-            found = [(name, node) for low, name, node in self._entries[kind] if all(word in low for word in words)]
-            total += len(found)
-            found = sorted(found[:_LOOKED_AT], key=lambda pair: not pair[0].lower().endswith(words[-1]))
-            hits += [Hit(kind, f.texts[0], found[f.first][1], f.count) for f in fold((name,) for name, _ in found)]
+            entries = self._entries[kind]
+            for word in words:
+                entries = [entry for entry in entries if word in entry[0]]
+            total += len(entries)
+            if len(hits) < SHOWN:
+                found = sorted(entries[:_LOOKED_AT], key=lambda entry: not entry[0].endswith(words[-1]))
+                hits += [Hit(kind, f.texts[0], found[f.first][2], f.count) for f in fold((e[1],) for e in found)]
         return hits[:SHOWN], total

@@ -125,7 +125,7 @@ def requests(traffic: Traffic | None, last: Sequence[SequenceRecord]) -> Markup:
                 h("td", answer),
             )
         )
-    heads = ("request", "prompt", "state", "tokens: prompt + answer", "answer")
+    heads = ("request", "prompt", "state", "tokens (in + out)", "answer")
     return h("div", h("table", h("tr", [h("th", head) for head in heads]), rows), class_="wide")
 
 

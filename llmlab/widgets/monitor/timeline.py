@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from llmlab.runtime.trace import SequenceRecord, StepRecord, Trace
-from llmlab.widgets.markup import control, h
+from llmlab.widgets.markup import Attribute, control, h
 
 COLUMNS = 40
 ROWS = 20
@@ -60,9 +60,19 @@ def timeline(trace: Trace, shown: Sequence[StepRecord], looked: int | None, prom
             if name in by_name:
                 parts.append(_cell(by_name[name], x, TOP + ROW * place))
         parts += _bars(trace, step, index, x, bottom)
-        hit = h("title", _said(step, index))
+        said = _said(step, index)
+        hit: dict[str, Attribute] = {
+            "x": x,
+            "y": 0,
+            "width": CELL,
+            "height": height,
+            "fill": "transparent",
+            "tabindex": 0,
+            "role": "button",
+        }
+        here = "step" if index == looked else None
         parts.append(
-            h("rect", hit, x=x, y=0, width=CELL, height=height, fill="transparent", **control("look", str(index)))
+            h("rect", h("title", said), **hit, aria_label=said, aria_current=here, **control("look", str(index)))
         )
     parts += _axis(trace, bottom, width)
     picture = h(
@@ -71,11 +81,11 @@ def timeline(trace: Trace, shown: Sequence[StepRecord], looked: int | None, prom
         viewBox=f"0 0 {width} {height}",
         width=width,
         height=height,
-        role="img",
+        role="group",
         aria_label=f"Timeline of {len(names)} requests over steps {first + 1} to {first + len(steps)}",
     )
     note = h("small", f"{left_out} earlier requests aren't shown") if left_out else None
-    return h("div", h("div", picture, class_="wide", data_scroll="timeline"), note, _legend())
+    return h("div", h("div", picture, class_="wide", data_scroll="timeline", data_walk="row"), note, _legend())
 
 
 def cell_text(record: SequenceRecord) -> str:

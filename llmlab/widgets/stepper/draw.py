@@ -50,7 +50,7 @@ def places(found: Sequence[Place], chosen: int) -> Markup:
     rows = [
         h(
             "div",
-            h("span", h("code", place.text), _times(place.count)),
+            h("span", h("code", place.text), " ", _times(place.count)),
             h("small", f"{place.removed} removed, {place.added} added"),
             class_=f"row{' chosen' if at == chosen else ''}",
             role="option",
@@ -75,7 +75,7 @@ def places(found: Sequence[Place], chosen: int) -> Markup:
 
 def misses(found: Iterable[NearMiss]) -> Markup:
     rows = fold((miss.node, miss.reason) for miss in found)
-    lines = [h("li", h("code", row.texts[0]), _times(row.count), f": {row.texts[1]}") for row in rows[:_SHOWN]]
+    lines = [h("li", h("code", row.texts[0]), " ", _times(row.count), f": {row.texts[1]}") for row in rows[:_SHOWN]]
     if len(rows) > _SHOWN:
         lines.append(h("li", f"and {len(rows) - _SHOWN} more"))
     listed = h("ul", lines, class_="scroll few") if lines else h("p", "nothing", class_="soft")

@@ -117,9 +117,9 @@ class Stepper(Panel):
         controls = [
             button("◂ previous", "previous", disabled=self.at == 0),
             button("next ▸", "next", disabled=self.at == last - 1),
-            h("label", "pass ", bar, class_="live-only"),
             button("◂◂ one that did something", "jump", "-"),
             button("one that did something ▸▸", "jump", "+"),
+            h("label", "pass ", bar, class_="live-only"),
         ]
         every = table(self.reports) if self.is_static else None
         return h("div", h("h3", self.title()), h("div", controls, class_="bar", data_walk="row"), every)
