@@ -125,7 +125,7 @@ def _onnxruntime(graph: Graph, limits: Limits, accuracy_level: int | None, prefi
     begins("lowering the graph")
     capacity = slot_capacity(limits)
     level = DEFAULT_ACCURACY_LEVEL if accuracy_level is None else accuracy_level
-    lowered = lower(graph, capacity, accuracy_level=level)
+    lowered = lower(graph, capacity, accuracy_level=level, max_tokens=limits.max_tokens_per_step)
     cache = cache_layout(graph, lowered)
     rounding = "" if cache.rounding == cache.dtype else cache.rounding
     kv = KVLayout("slots", cache.dtype, capacity, cache.layers, rounding)

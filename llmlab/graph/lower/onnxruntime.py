@@ -35,7 +35,7 @@ LOWERED_INPUTS = (
 )
 
 
-def lower(graph: Graph, capacity: int, *, accuracy_level: int = 1) -> Graph:
+def lower(graph: Graph, capacity: int, *, accuracy_level: int = 1, max_tokens: int | None = None) -> Graph:
     """The serving graph, or a piece of it, rewritten for ONNX Runtime's CPU and slots of `capacity` tokens; the given graph
     is not changed.
 
@@ -48,6 +48,7 @@ def lower(graph: Graph, capacity: int, *, accuracy_level: int = 1) -> Graph:
     What computes in float16 or bfloat16 does so in float32 here, each result rounded to that type (`lower/rounded.py`).
 
     accuracy_level: of products whose weights alone are quantized: 1 computes in float32, 4 rounds activations to int8 by blocks.
+    max_tokens: most new tokens of a step, without which it may fill a slot. It bounds what attention keeps in memory.
     """
     result = graph.copy()
     edit = Editor(result)
@@ -66,7 +67,7 @@ def lower(graph: Graph, capacity: int, *, accuracy_level: int = 1) -> Graph:
     surgeon.inputs += indices.values() if attention else ()
     surgeon.outputs = [t for t in surgeon.outputs if id(t) not in updated]
     positions = {t.name: t for t in surgeon.inputs if t.name == "position_ids"}
-    lowering = AttentionLowering(edit, indices | positions, capacity)
+    lowering = AttentionLowering(edit, indices | positions, capacity, max_tokens or capacity)
     packed = [lowering.packed_qkv(node) for node in attention]
     for layer, (node, qkv) in enumerate(zip(attention, packed, strict=True)):
         lowering.lower(node, qkv, layer)

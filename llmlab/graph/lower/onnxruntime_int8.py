@@ -145,13 +145,12 @@ class _Products:
         return self._edit.add("Unsqueeze", where, [step, axis], dtype=_FLOAT, shape=[*step.shape, 1])
 
     def _largest(self, where: str, x: gs.Tensor) -> gs.Tensor:
-        """The largest size of each row's numbers, [T, 1]."""
+        """The largest size of each row's numbers, [T, 1]. It may be 0: what such a row is divided by counts for nothing, since its
+        products are multiplied by 0 again."""
         edit, rows = self._edit, [x.shape[0], 1]
         size = edit.add("Abs", where, [x], dtype=_FLOAT, shape=x.shape)
         axis = edit.constant(f"{where}/axis", np.array([1], np.int64))
-        most = edit.add("ReduceMax", where, [size, axis], {"keepdims": 1}, dtype=_FLOAT, shape=rows)
-        least = edit.constant(f"{where}/least", np.array(_LEAST_SCALE, np.float32))
-        return edit.add("Max", where, [most, least], dtype=_FLOAT, shape=rows)
+        return edit.add("ReduceMax", where, [size, axis], {"keepdims": 1}, dtype=_FLOAT, shape=rows)
 
 
 class Shifted(DeferredValues):

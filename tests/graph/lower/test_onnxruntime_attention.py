@@ -15,6 +15,7 @@ from small_graphs import run
 from llmlab.build import build
 from llmlab.errors import UnsupportedModelError
 from llmlab.graph.graph import Graph
+from llmlab.graph.lower import onnxruntime_attention as lowering
 from llmlab.graph.lower.onnxruntime import lower
 from llmlab.runtime.batch import StepBatch
 
@@ -45,6 +46,46 @@ def test_every_part_matters(tmp_path: Path, taken: str) -> None:
     full |= {"alibi": True} if taken == "alibi" else {"softcap": 2.0, "sinks": True}
     less = {name: value for name, value in full.items() if name != taken}
     assert worst(engine(form(less), tmp_path / "e"), reference(form(full))) > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("most", [1 << 25, 0], ids=["whole", "in tiles"])
+@pytest.mark.parametrize("more", [{}, {"window": 3}, {"interleaved": 1}, {"sinks": True}], ids=str)
+def test_scores_may_be_whole_or_in_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], most: int
+) -> None:
+    monkeypatch.setattr(lowering, "_MOST_SCORES", most)
+    graph = form({"rotary": 16} | more)
+    node = next(n for n in lower(graph, capacity=64).surgeon.nodes if n.op == "GroupQueryAttention")
+    assert node.attrs["scale"] == (1.0 if most else 0.3)
+    if not more.get("sinks"):
+        sinks = node.inputs[11]
+        assert np.isneginf(sinks.values).all() if most else not sinks.name
+    assert worst(engine(graph, tmp_path / "e"), reference(graph)) < TOLERANCE
+
+
+def test_half_of_the_scale_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that hold the scale for queries alone, or keys, give other results: the comparison above would notice."""
+    plain = lowering.AttentionLowering._by_slot
+    monkeypatch.setattr(lowering.AttentionLowering, "_by_slot", lambda self, t, f=1.0: plain(self, t, f**0.5))
+    graph = form({"rotary": 16})
+    assert worst(engine(graph, tmp_path / "e"), reference(graph)) > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("options", "scale"), [({"rotary": 16}, 1.0), ({"rotary": 8, "dim": 32}, 0.3), ({}, 0.3), ({"alibi": True}, 0.3)]
+)
+def test_the_scale_moves_where_all_channels_turn(options: dict[str, Any], scale: float) -> None:
+    lowered = lower(form(options), capacity=64)
+    assert next(n for n in lowered.surgeon.nodes if n.op == "GroupQueryAttention").attrs["scale"] == scale
+
+
+def test_many_scores_stay_in_tiles() -> None:
+    """4 heads · 4,096 tokens · 4,096 keys would take 256 MiB."""
+    scales = {}
+    for tokens in (512, 4096):
+        lowered = lower(form({"rotary": 16}), capacity=4096, max_tokens=tokens)
+        scales[tokens] = next(n for n in lowered.surgeon.nodes if n.op == "GroupQueryAttention").attrs["scale"]
+    assert scales == {512: 1.0, 4096: 0.3}
 
 
 def shifted(batch: StepBatch) -> StepBatch:
