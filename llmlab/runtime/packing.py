@@ -9,30 +9,52 @@ from llmlab.runtime.request import Sequence
 from llmlab.runtime.sampler import GREEDY_BELOW, uniform
 from llmlab.runtime.scheduler import Schedule
 
+_MOST_KEPT = 1024
+_WIDE = np.arange(_MOST_KEPT)
+_NARROW = _WIDE.astype(np.int32)
+_WIDE.flags.writeable = _NARROW.flags.writeable = False
+
 
 def pack(plan: Schedule) -> tuple[StepBatch, list[int]]:
     """The plan as arrays, and which of its sequences get logits, in the order of their rows."""
-    sequences = [sequence for sequence, _ in plan.work]
-    counts = np.array([count for _, count in plan.work], np.int32)
+    work = plan.work
+    if all(count == 1 for _, count in work) and len(work) < _MOST_KEPT:
+        return _pack_single(plan)
+    sequences = [sequence for sequence, _ in work]
+    counts = np.array([count for _, count in work], np.int32)
     starts = np.array([sequence.num_computed for sequence in sequences], np.int32)
     query_start = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=query_start[1:])
     num_rows = int(query_start[-1])
-    if num_rows == len(sequences):
-        input_ids = np.array([sequence.tokens.item(sequence.num_computed) for sequence in sequences], np.int64)
-        position_ids = starts.astype(np.int64)
-    else:
-        input_ids = np.concatenate([s.tokens[s.num_computed : s.num_computed + count] for s, count in plan.work])
-        position_ids = np.arange(num_rows, dtype=np.int64) + np.repeat(starts - query_start[:-1], counts)
     # Rows whose token is the last one of its sequence so far: what comes next is wanted.
-    ready = [i for i, (s, count) in enumerate(plan.work) if s.num_tokens - s.num_computed == count]
+    ready = [i for i, (s, count) in enumerate(work) if s.num_tokens - s.num_computed == count]
     batch = StepBatch(
-        input_ids=input_ids,
-        position_ids=position_ids,
+        input_ids=np.concatenate([s.tokens[s.num_computed : s.num_computed + count] for s, count in work]),
+        position_ids=np.arange(num_rows, dtype=np.int64) + np.repeat(starts - query_start[:-1], counts),
         query_start=query_start,
         kv_len=starts + counts,
         block_table=np.concatenate([s.block_row for s in sequences]).reshape(len(sequences), -1),
         logits_index=query_start[1:][ready].astype(np.int64) - 1,
+        copies=tuple(plan.copies),
+    )
+    return batch, ready
+
+
+def _pack_single(plan: Schedule) -> tuple[StepBatch, list[int]]:
+    """The same where each sequence has one token, as in most steps: few calls of NumPy, because between two steps each is slow, its
+    code no longer being in the caches."""
+    sequences = [sequence for sequence, _ in plan.work]
+    rows = len(sequences)
+    starts = [sequence.num_computed for sequence in sequences]
+    ready = [i for i, s in enumerate(sequences) if s.num_tokens - starts[i] == 1]
+    position_ids = np.array(starts, np.int64)
+    batch = StepBatch(
+        input_ids=np.array([s.tokens.item(start) for s, start in zip(sequences, starts, strict=True)], np.int64),
+        position_ids=position_ids,
+        query_start=_NARROW[: rows + 1],
+        kv_len=(position_ids + 1).astype(np.int32),
+        block_table=np.array([s.block_row for s in sequences]),
+        logits_index=_WIDE[:rows] if len(ready) == rows else np.array(ready, np.int64),
         copies=tuple(plan.copies),
     )
     return batch, ready

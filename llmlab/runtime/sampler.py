@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,12 +44,11 @@ class Sampler:
 
     def sample(self, logits: NDArray[np.float32], sequences: Sequence[SequenceState]) -> list[Sample]:
         """`logits` [N, vocab], one row for each of `sequences`; they are not changed."""
-        best = logits.argmax(axis=1)  # NaN counts as the largest, so one look at the winner finds any
-        finite = np.isfinite(logits[np.arange(len(best)), best]).tolist()
-        return [
-            self._sample_row(logits[row], token, sequences[row]) if finite[row] else Sample(None)
-            for row, token in enumerate(best.tolist())
-        ]
+        samples = []
+        for row, sequence in zip(logits, sequences, strict=True):
+            best = int(row.argmax())  # NaN counts as the largest, so one look at the winner finds any
+            samples.append(self._sample_row(row, best, sequence) if math.isfinite(row[best]) else Sample(None))
+        return samples
 
     def _sample_row(self, logits: NDArray[np.float32], best: int, sequence: SequenceState) -> Sample:
         params, token = sequence.params, best

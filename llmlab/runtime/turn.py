@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class Turn:
@@ -79,10 +80,14 @@ class Turn:
                 return
 
 
+_signals: Any = getattr(signal, "_signal", signal)
+"""The interpreter's own functions: those around them make enums of handlers, which takes longer than the rest of a turn."""
+
+
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
     """Let Ctrl-C wait until the core is consistent again. The third one gets through at once, should a step hang."""
-    handler = signal.getsignal(signal.SIGINT)
+    handler = _signals.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
@@ -93,10 +98,10 @@ def interrupts_deferred() -> Iterator[None]:
         if len(received) > 2:
             handler(number, frame)
 
-    signal.signal(signal.SIGINT, remember)
+    _signals.signal(signal.SIGINT, remember)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        _signals.signal(signal.SIGINT, handler)
         if received:
             handler(*received[0])

@@ -70,6 +70,8 @@ class OnnxRuntimeBackend:
         self._takes_positions = any(i.name == "position_ids" for i in self._session.get_inputs())
         self._spans: OrderedDict[tuple[int, int, bool], _Span] = OrderedDict()
         self._logits = np.empty((0, self.limits.vocab_size), np.float32)
+        self._last: tuple[tuple[bytes, bytes], _Span, NDArray[np.int32]] | None = None
+        """What the step before was of, if all its sequences had one token: slots and rows of logits; where it ran, and its rows there."""
 
     @staticmethod
     def _group(manifest: Manifest) -> int:
@@ -82,13 +84,32 @@ class OnnxRuntimeBackend:
         wanted = len(batch.logits_index)
         if len(self._logits) < wanted:
             self._logits = np.empty((wanted, self.limits.vocab_size), np.float32)
+            self._last = None
         slots = batch.block_table[:, 0]
+        if len(batch.input_ids) == len(slots):
+            self._decode(batch, slots)
+            return self._logits[:wanted]
+        self._last = None
         for start, end in self._cost.parts(np.diff(batch.query_start), slots):
             self._run(batch, slots, start, end)
         return self._logits[:wanted]
 
-    def _run(self, batch: StepBatch, slots: NDArray[np.int32], start: int, end: int) -> None:
-        """Run sequences [start, end) of the batch and put their logits in their places."""
+    def _decode(self, batch: StepBatch, slots: NDArray[np.int32]) -> None:
+        """Run a step of one token each, which mostly is of the sequences of the step before: then there is little to fill in."""
+        key = slots.tobytes(), batch.logits_index.tobytes()
+        if self._last is None or self._last[0] != key:
+            span = self._run(batch, slots, 0, len(slots))
+            self._last = key, span, slots - span.low
+            return
+        _, span, rows = self._last
+        span.feeds["input_ids"][:] = batch.input_ids
+        span.feeds["seqlens_k"][rows] = batch.kv_len - 1
+        if self._takes_positions:
+            span.feeds["position_ids"][:] = batch.position_ids
+        self._start(span)
+
+    def _run(self, batch: StepBatch, slots: NDArray[np.int32], start: int, end: int) -> _Span:
+        """Run sequences [start, end) of the batch, and where they ran. Their logits get into their places."""
         tokens = slice(batch.query_start[start], batch.query_start[end])
         starts, slots = batch.query_start[start : end + 1] - tokens.start, slots[start:end]
         wanted = slice(*np.searchsorted(batch.logits_index, (tokens.start, tokens.stop)))
@@ -103,6 +124,10 @@ class OnnxRuntimeBackend:
         span.feeds["seqlens_k"][slots - span.low] = batch.kv_len[start:end] - 1
         if self._takes_positions:
             span.feeds["position_ids"][:] = batch.position_ids[tokens]
+        self._start(span)
+        return span
+
+    def _start(self, span: _Span) -> None:
         began = time.perf_counter()
         span.session.run_with_iobinding(span.binding)
         self.run_seconds += time.perf_counter() - began
@@ -168,6 +193,7 @@ class OnnxRuntimeBackend:
         return [(path.parent / name, path) for name, path in profiles.items()]
 
     def close(self) -> None:
+        self._last = None
         self._spans.clear()
 
 
