@@ -85,6 +85,10 @@ class Grid:
         most, least = (np.asarray(f(blocks, -1), np.float32) for f in (np.max, np.min))
         if not (np.isfinite(most).all() and np.isfinite(least).all()):
             raise InputError("holds a NaN or an infinity")
+        return self.between(least, most)
+
+    def between(self, least: np.ndarray, most: np.ndarray) -> tuple[Floats, NDArray[np.int8] | None]:
+        """The scale and the zero point (None: symmetric) with which the grid reaches from `least` to `most`, of any one shape."""
         if self.symmetric:
             return _not_zero(np.maximum(most, -least) / np.float32(self.high)), None
         least, most = np.minimum(least, 0), np.maximum(most, 0)  # zero is a number of the grid
@@ -112,13 +116,18 @@ class Grid:
             strip = weight[part].astype(np.float32)
             if not np.isfinite(strip).all():
                 raise InputError("holds a NaN or an infinity")
-            scaled = strip / self._spread(scale, weight.shape, part)
-            if self.dtype != "fp8":
-                scaled = np.rint(scaled)
-                if zero is not None:
-                    scaled += self._spread(zero.astype(np.float32), weight.shape, part)
-            values[part] = np.clip(scaled, self._lowest, self.high).astype(values.dtype)
+            offset = None if zero is None else self._spread(zero.astype(np.float32), weight.shape, part)
+            values[part] = self.nearest(strip / self._spread(scale, weight.shape, part), offset)
         return Rounded(self, values, scale, zero)
+
+    def nearest(self, scaled: np.ndarray, zero: np.ndarray | None = None) -> np.ndarray:
+        """The numbers of the grid that are nearest to those of a weight over their scale; integers as float32."""
+        if self.dtype == "fp8":
+            return np.clip(scaled, self.low, self.high).astype(FP8)
+        found = np.rint(scaled)
+        if zero is not None:
+            found += zero
+        return np.clip(found, self._lowest, self.high, out=found)
 
     @property
     def _lowest(self) -> int:

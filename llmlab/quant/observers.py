@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmlab.quant.statistics import Statistics
+from llmlab.quant.statistics import Statistics, grams
 
 SAMPLE = 512
 """Rows that a `Rows` keeps."""
@@ -74,6 +74,26 @@ class Gram:
         return None if self._sum is None else self._sum / np.float32(self._count)
 
 
+class Blocks:
+    """What of XᵀX over the number of rows lies within groups of columns: `blocks` float32 [K / group, group, group], None before the
+    first row. Takes K · group · 4 bytes."""
+
+    def __init__(self, group: int) -> None:
+        self.group = group
+        self._sum: NDArray[np.float32] | None = None
+        self._count = 0
+
+    def add(self, rows: np.ndarray) -> None:
+        for part in _parts(rows):
+            product = grams(part, self.group)
+            self._sum = product if self._sum is None else self._sum + product
+            self._count += len(part)
+
+    @property
+    def blocks(self) -> NDArray[np.float32] | None:
+        return None if self._sum is None else self._sum / np.float32(self._count)
+
+
 class Rows:
     """`sample` [≤ limit, K]: rows chosen at random, each as likely as any other; the same ones for the same seed.
 
@@ -99,7 +119,7 @@ class Rows:
 
 
 class StatisticsOf:
-    """Several observers of one tensor in one. wanted: of `absmax`, `meanabs`, `sample`, `gram`."""
+    """Several observers of one tensor in one. wanted: of `absmax`, `meanabs`, `sample`, `gram`, and `blocks/64`, with any group size."""
 
     def __init__(self, wanted: frozenset[str], *, rows: int = SAMPLE, seed: int = 0) -> None:
         made: dict[str, Callable[[], Observer]] = {
@@ -108,16 +128,19 @@ class StatisticsOf:
             "gram": Gram,
             "sample": lambda: Rows(rows, seed),
         }
-        self._observers = {name: made[name]() for name in sorted(wanted)}
+        self._observers = {name: made[name]() for name in sorted(wanted) if name in made}
+        self._blocks = [Blocks(int(name.removeprefix("blocks/"))) for name in sorted(wanted - made.keys())]
         self._count = 0
 
     def add(self, rows: np.ndarray) -> None:
         self._count += len(rows)
-        for observer in self._observers.values():
+        for observer in (*self._observers.values(), *self._blocks):
             observer.add(rows)
 
     def statistics(self) -> Statistics:
-        return Statistics(self._count, **{name: getattr(o, name) for name, o in self._observers.items()})
+        seen = {name: getattr(o, name) for name, o in self._observers.items()}
+        blocks = {o.group: found for o in self._blocks if (found := o.blocks) is not None}
+        return Statistics(self._count, **seen, blocks=blocks)
 
 
 def _parts(rows: np.ndarray) -> list[np.ndarray]:

@@ -39,18 +39,29 @@ def _by_gptq(weights: Sequence[np.ndarray], seen: Statistics, how: Weights) -> l
 
 
 def _by_awq(weights: Sequence[np.ndarray], seen: Statistics, how: Weights) -> list[Rounded]:
-    assert seen.sample is not None
-    return [how.grid.quantize(clip(w, seen.sample, how.grid) if how.clip else w) for w in weights]
+    if not _clips(how):
+        return _to_nearest(weights, seen, how)
+    within = seen.blocks[how.group] if how.group else np.asarray(seen.gram)[None]
+    return [clip(w, within, how.grid) for w in weights]
+
+
+def _clips(how: Weights) -> bool:
+    return how.clip and how.per != "tensor"
+
+
+def _seen_by_awq(how: Weights) -> frozenset[str]:
+    within = {f"blocks/{how.group}" if how.group else "gram"} if _clips(how) else set()
+    return frozenset({"meanabs", "sample", *within})
 
 
 def _to_nearest(weights: Sequence[np.ndarray], seen: Statistics, how: Weights) -> list[Rounded]:
     return [how.grid.quantize(w) for w in weights]
 
 
-METHODS: dict[str, tuple[Method, frozenset[str]]] = {
-    "rtn": (_to_nearest, frozenset()),
-    "gptq": (_by_gptq, frozenset({"gram"})),
-    "awq": (_by_awq, frozenset({"meanabs", "sample"})),
+METHODS: dict[str, tuple[Method, Callable[[Weights], frozenset[str]]]] = {
+    "rtn": (_to_nearest, lambda how: frozenset()),
+    "gptq": (_by_gptq, lambda how: frozenset({"gram"})),
+    "awq": (_by_awq, _seen_by_awq),
 }
 """By name: how weights that share an input are rounded, and what has to be known of that input."""
 
@@ -97,7 +108,7 @@ class Solver:
         found: frozenset[str] = frozenset()
         for p in self._members[group.name]:
             weights, activations = self._of(p)
-            found |= METHODS[weights.method][1] if weights is not None else frozenset()
+            found |= METHODS[weights.method][1](weights) if weights is not None else frozenset()
             if activations is not None and activations.smooth is not None:
                 found |= {"absmax"}
             if activations is not None and not activations.dynamic:
@@ -114,12 +125,13 @@ class Solver:
             assert seen.absmax is not None
             factor = smoothing_factor(list(loaded.values()), seen.absmax, smooth, tied)
             seen, loaded = seen.scaled(factor), {name: w * factor for name, w in loaded.items()}
-        by_awq = {p.name: w.grid for p in members if (w := self._of(p)[0]) is not None and w.method == "awq"}
+        by_awq = {p.name: w for p in members if (w := self._of(p)[0]) is not None and w.method == "awq"}
         if by_awq:
             assert seen.meanabs is not None and seen.sample is not None
             weights = [loaded[name] for name in by_awq]
             with named(group.name):
-                extra, exponent = search_factor(weights, tied(seen.meanabs), seen.sample, list(by_awq.values()))
+                grids, clips = [w.grid for w in by_awq.values()], [_clips(w) for w in by_awq.values()]
+                extra, exponent = search_factor(weights, tied(seen.meanabs), seen.sample, grids, clips)
             if exponent:
                 factor = extra if factor is None else factor * extra
                 seen, loaded = seen.scaled(extra), {name: w * extra for name, w in loaded.items()}

@@ -18,7 +18,7 @@ from llmlab.graph.graph import Graph
 from llmlab.graph.store.storage import array, constants
 from llmlab.quant.data import Ids, data_key
 
-FORMAT = 1
+FORMAT = 2
 Arrays = Mapping[str, np.ndarray]
 
 

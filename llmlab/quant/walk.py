@@ -61,7 +61,7 @@ def walk(
 ) -> Iterator[tuple[Group, Arrays]]:
     """Yields what `solve` gives for each group, in the order in which the model meets them, as soon as it is known.
 
-    solve: from a group and what was seen of its input, arrays. wanted: what of it is to be seen: absmax, meanabs, sample, gram.
+    solve: from a group and what was seen of its input, arrays. wanted: what of it is to be seen, as `StatisticsOf` takes it.
     effective: from those arrays, the weights [N, K] by projection with which the model goes on; else it does with its own.
     cache: a folder that keeps what was found, and what an interrupted run needs to go on where it was; used by a run of the same
         graph, data, `settings` and seed.

@@ -14,7 +14,7 @@ EVERYTHING = frozenset({"absmax", "meanabs", "sample", "gram"})
 
 def test_parts_give_what_all_rows_give() -> None:
     rows = np.random.default_rng(0).standard_normal((1000, 24)).astype(np.float32)
-    observer = StatisticsOf(EVERYTHING, rows=50)
+    observer = StatisticsOf(EVERYTHING | {"blocks/8", "blocks/24"}, rows=50)
     for part in np.split(rows, [1, 1, 400, 999]):
         observer.add(part)
     found = observer.statistics()
@@ -22,6 +22,10 @@ def test_parts_give_what_all_rows_give() -> None:
     np.testing.assert_array_equal(found.absmax, np.abs(rows).max(0))
     np.testing.assert_allclose(found.meanabs, np.abs(rows).mean(0), rtol=1e-6)
     np.testing.assert_allclose(found.gram, rows.T @ rows / 1000, atol=1e-5)
+    for group in (8, 24):
+        for place, block in enumerate(found.blocks[group]):
+            part = slice(place * group, (place + 1) * group)
+            np.testing.assert_allclose(block, (rows.T @ rows / 1000)[part, part], atol=1e-5)
     assert {row.tobytes() for row in found.sample} <= {row.tobytes() for row in rows}
 
 
@@ -44,12 +48,13 @@ def test_rows_are_chosen_by_seed_whatever_the_parts_and_evenly() -> None:
 def test_statistics_of_a_divided_tensor() -> None:
     rows = np.random.default_rng(1).standard_normal((300, 16)).astype(np.float32)
     factor = np.geomspace(0.1, 10, 16).astype(np.float32)
-    whole, divided = StatisticsOf(EVERYTHING), StatisticsOf(EVERYTHING)
+    whole, divided = StatisticsOf(EVERYTHING | {"blocks/8"}), StatisticsOf(EVERYTHING | {"blocks/8"})
     whole.add(rows)
     divided.add(rows / factor)
     found, expected = whole.statistics().scaled(factor), divided.statistics()
     for name in EVERYTHING:
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.blocks[8], expected.blocks[8], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
