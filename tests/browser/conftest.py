@@ -31,10 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"browser test: {MISSING}"))
 
 
+def need_chromium() -> None:
+    """Fails in one line where there is none."""
+    if MISSING:
+        pytest.fail(f"LLMLAB_BROWSER=required, and {MISSING}", pytrace=False)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabServer]:
-    if MISSING:
-        pytest.fail(f"LLMLAB_BROWSER=required, and {MISSING}")
+    need_chromium()
     server = LabServer(tmp_path_factory.mktemp("lab"))
     server.wait()
     yield server

@@ -100,7 +100,12 @@ def test_two_engines_stand_side_by_side_and_say_who_won(opened, model):
     panel.settled()
     said = panel.locator(".ev-rows .badge").all_inner_texts()
     assert any(re.match(r"(won|lost) .* \(", text) for text in said) and "int8" in " ".join(said), said
-    product = panel.locator(".ev-rows > details", has_text="down_proj").first
+    rows = panel.locator(".ev-rows > details")
+    every = rows.count()
+    panel.get_by_label("layer").select_option("model.layers.0")
+    panel.settled()
+    assert 2 < rows.count() < every, "what is in other layers alone is left out"
+    product = rows.filter(has_text="down_proj").first
     product.locator("summary").click()
     sides = product.locator(".columns > div")
     expect(sides).to_have_count(2)
