@@ -2,9 +2,27 @@
 
     python benchmarks/int4_bound.py --engine ENGINE --peer GENAI_MODEL --json benchmarks/results/int4_bound.json
 
-Three graphs, in turn: onnxruntime-genai's model as its builder wrote it, llmlab's, and llmlab's MatMulNBits nodes alone, each on an input of
-its own. All run by ONNX Runtime's Python interface on bound buffers, without either runtime's loop; keys and values of --context tokens. The time
-of a step is the least of each burst, its median over bursts; a burst begins when the other graphs' threads have gone to sleep.
+In turn: onnxruntime-genai's model as its builder wrote it, llmlab's, llmlab's for many rows (of an engine that has one, at a batch of 8: that is
+what runs there), and llmlab's MatMulNBits nodes alone, each on an input of its own. All run by ONNX Runtime's Python interface on bound buffers,
+without either runtime's loop; keys and values of --context tokens. The time of a step is the least of each burst, its median over bursts; a burst
+begins when the other graphs' threads have gone to sleep.
+
+Where a step's time goes on the 360M shape, by ONNX Runtime's own profile, which adds about 3 µs to each node (2 threads, context 144, 2 vCPU with
+AVX2 and without VNNI, the fastest fifth of the steps; ms, and nodes in brackets):
+
+    | batch, graph                  | products    | attention | norms     | SwiGLU    | rounding rows | Gather, Reshape, Split |
+    |-------------------------------|-------------|-----------|-----------|-----------|---------------|------------------------|
+    | 1, onnxruntime-genai          | 12.0 (161)  |  1.7 (32) | 0.7 (65)  | 0.5 (64)  |               |                        |
+    | 1, llmlab                     | 11.0 (129)  |  1.6 (32) | 0.7 (65)  | 0.5 (64)  |               | 1.0 (131)              |
+    | 8, onnxruntime-genai          | 49.4 (161)  | 12.2 (32) | 1.4 (65)  | 1.2 (64)  |               |                        |
+    | 8, llmlab                     | 50.1 (129)  | 10.4 (32) | 1.7 (65)  | 1.5 (64)  |               | 2.6 (131)              |
+    | 8, llmlab, many rows          | 40.3 (129)  | 10.5 (32) | 1.7 (65)  | 1.4 (64)  | 9.5 (645)     | 2.4 (131)              |
+
+At a batch of 1 both run the same MatMulNBits kernels on the same bytes. 226 MB a step are 5.7 ms at the 40 GB/s that two threads read here, so it is
+the kernels' arithmetic that takes 11: one thread alone takes 16.4, two 10.9. The products alone are 1.25 to 1.33 times as fast as
+onnxruntime-genai's whole step. A step 1.15 times as fast leaves 1.0 to 2.0 ms for all else, which takes 2.9 to 3.6 here: attention 1.0 to 1.2
+(12 MB of keys and values are read), and 321 other nodes about 5 µs each, whatever they compute. 96 of them are Gather and Reshape round the attention,
+which a graph for decodes alone would not need (0.5 ms, measured); without them it would be 1.08 times.
 """
 
 from __future__ import annotations
@@ -25,6 +43,7 @@ from onnx import helper
 
 _TYPES = {f"tensor({name})": dtype for name, dtype in (("float", np.float32), ("int64", np.int64), ("int32", np.int32))}
 PAUSE_S, STEPS = 0.03, 6
+MANY_ROWS = "llmlab's, many rows"
 
 
 def products_alone(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -109,9 +128,11 @@ def main() -> None:
             "onnxruntime-genai's graph": args.peer / "model.onnx",
             "llmlab's graph": args.engine / "model.onnx",
             "its products alone": Path(file.name),
+            MANY_ROWS: args.engine / "prefill.onnx",
         }
         for batch in (1, 8):
-            steps = {name: Step(path, batch, args.context, args.threads) for name, path in paths.items()}
+            run = {n: p for n, p in paths.items() if n != MANY_ROWS or (batch == 8 and p.exists())}
+            steps = {name: Step(path, batch, args.context, args.threads) for name, path in run.items()}
             for _ in range(args.bursts):
                 for step in steps.values():
                     step.burst()
