@@ -208,7 +208,11 @@ def main() -> None:
     rows += of_stepper()
     if args.json:
         settings = {"shape": args.shape, "layers": args.layers, "nodes": len(graph.surgeon.nodes), "repeat": REPEAT}
-        args.json.write_text(json.dumps({"machine": about, "settings": settings, "results": rows}, indent=1) + "\n")
+        command = (
+            f"python benchmarks/panels.py --shape {args.shape} --layers {args.layers}{' --browser' * args.browser}"
+        )
+        told = {"command": command, "machine": about, "settings": settings, "results": rows}
+        args.json.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def legend(panel: InspectorState) -> Markup:
     if overlay.missing:
         parts.append(h("span", overlay.missing, class_="badge"))
     elif isinstance(overlay, PrecisionOverlay):
-        for kind in overlay.kinds():
+        for kind in overlay.kinds:
             color = overlay.color_of(kind)
             parts.append(
                 Markup(" ") + h("span", h("span", class_="swatch", style=f"background:{color}"), kind, class_="badge")

@@ -43,7 +43,11 @@ def find_edges(rows: Sequence[Leaf | Fold], keys: Sequence[str], outputs: Contai
                 elif source != key:
                     inner.setdefault((source, key), {})[id(tensor)] = tensor
             for tensor in leaf.node.outputs:
-                leaves = id(tensor) in outputs or any(id(r) not in names for r in tensor.outputs)
-                if leaves:
+                if id(tensor) in outputs:
                     outward[id(tensor)] = (tensor, key)
+                    continue
+                for reader in tensor.outputs:  # no generator: this is all of a model's tensors
+                    if id(reader) not in names:
+                        outward[id(tensor)] = (tensor, key)
+                        break
     return Edges(names, inner, inward, outward)

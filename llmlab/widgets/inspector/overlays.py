@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import onnx_graphsurgeon as gs
@@ -14,6 +15,7 @@ from llmlab.widgets.inspector.flops import COUNTED, flops
 from llmlab.widgets.inspector.hierarchy import Fold, Group, Leaf
 from llmlab.widgets.inspector.sizes import bytes_text, is_weight, number_text, parameters, time_text, type_of
 
+_NOTHING: Counter[str] = Counter()
 COLORS = ("--ll-0", "--ll-1", "--ll-2", "--ll-3", "--ll-4", "--ll-5", "--ll-6", "--ll-7")
 
 
@@ -96,7 +98,8 @@ class PrecisionOverlay(Overlay):
         leaves = list(leaves)
         total: Counter[str] = Counter()
         for leaf in leaves:
-            total.update(self.types.get(leaf.name, {}))
+            for kind, size in self.types.get(leaf.name, _NOTHING).items():
+                total[kind] += size
         return total or Counter({self.activations[leaf.name]: 0 for leaf in leaves if leaf.name in self.activations})
 
     def shown(self, leaves: Iterable[Leaf]) -> str:
@@ -107,6 +110,7 @@ class PrecisionOverlay(Overlay):
         kinds = [f"{kind} {size / whole:.0%}" if len(count) > 1 else kind for kind, size in count.most_common(3)]
         return "weights " + ", ".join(kinds)
 
+    @cached_property
     def kinds(self) -> list[str]:
         """All types, in the order of their colours."""
         return sorted(
@@ -119,7 +123,7 @@ class PrecisionOverlay(Overlay):
         return self.color_of(most[0][0]) if most else ""
 
     def color_of(self, kind: str) -> str:
-        return f"var({COLORS[self.kinds().index(kind) % len(COLORS)]})"
+        return f"var({COLORS[self.kinds.index(kind) % len(COLORS)]})"
 
 
 def constant_bytes(leaves: Iterable[Leaf]) -> tuple[dict[str, float], dict[str, float], dict[str, Counter[str]]]:
