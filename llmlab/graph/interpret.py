@@ -75,9 +75,9 @@ class _Wide(OpRun):
 
 _ROUNDED = tuple(
     type(kernel.__name__, (_Wide, kernel), {"op_domain": kernel.op_domain})
-    for kernel in (MatMul, Gelu, Sigmoid, RMSNormalization, LayerNormalization, GatedActivation)
+    for kernel in (MatMul, Gelu, Sigmoid, RMSNormalization, LayerNormalization, GatedActivation, MixtureOfExperts)
 )
-KERNELS = (PagedAttention, MixtureOfExperts, *_ROUNDED)
+KERNELS = (PagedAttention, *_ROUNDED)
 """What the reference evaluator needs to know beside its own kernels."""
 
 
