@@ -5,8 +5,8 @@ sizes becomes a node in front of it, odd heads are filled up with zeros, and ALi
 
 The operator has two ways to compute: by tiles, or with all scores of a step in memory. Of one new token the second is a quarter faster,
 at any length, if its scale is 1: only then does ONNX Runtime multiply the query by the keys as they lie, without packing them first. So
-where the scores are few, the scale moves into the tables of RoPE, its root each for queries and keys, and a sink that attracts nothing
-(a logit of minus infinity) keeps the operator from its tiles.
+where the scores are few and all channels turn, the scale moves into the tables of RoPE, its root each for queries and keys, and a sink
+that attracts nothing (a logit of minus infinity) keeps the operator from its tiles. Keys in int8 or int4 are never packed: there the scale stays.
 """
 
 from __future__ import annotations
@@ -84,10 +84,12 @@ class AttentionLowering:
         past = [gs.Variable(f"past_{what}.{layer}", cache.held, cache_shape) for what in ("key", "value")]
         edit.surgeon.inputs.extend(past)
         scale, sinks = attrs["scale"], operand(node, _SINKS)
-        whole = turns and self._scores_whole(node, cache)
+        wide = cache.dtype == "float32"
+        moves = wide and turns and 2 * int(node.inputs[8].shape[1]) == width and scale > 0
+        whole = (moves or not wide) and heads * self._max_tokens * self._capacity <= _MOST_SCORES
         if whole and sinks is None:
             sinks = edit.constant(f"{where}/no_sink", np.full(heads, -np.inf, np.float32))
-        root, scale = (float(np.sqrt(scale)), 1.0) if whole else (1.0, scale)
+        root, scale = (float(np.sqrt(scale)), 1.0) if whole and moves else (1.0, scale)
         cos, sin = (self._by_slot(operand(node, i), root) if turns else None for i in (8, 9))
         inputs = [*unpacked, *past, self._indices["seqlens_k"], self._total, cos, sin]
         inputs += [None] * (_HEAD_SINK - len(inputs)) + [sinks, *cache.scales()]
@@ -127,13 +129,6 @@ class AttentionLowering:
 
     def _cache(self, node: gs.Node) -> SlotCache:
         return SlotCache(self._edit, node, KVLayer.of(node), self._capacity, operand(node, _ALIBI_SLOPES) is not None)
-
-    def _scores_whole(self, node: gs.Node, cache: SlotCache) -> bool:
-        """Whether all scores of a step are to be in memory at once and the tables of RoPE can hold the scale: all channels turn, and the
-        cache has no scales of its own."""
-        scores = node.attrs["num_heads"] * self._max_tokens * self._capacity
-        every = 2 * int(node.inputs[8].shape[1]) == cache.width
-        return every and cache.dtype == "float32" and scores <= _MOST_SCORES and node.attrs["scale"] > 0
 
     def _shaped(self, node: gs.Node, turns: bool, cache: SlotCache) -> list[gs.Tensor]:
         """q, k, v [T, heads · width], turned unless the operator does it, with zeros and ALiBi's channels behind each head; k and

@@ -18,6 +18,7 @@ from llmlab.build import build
 from llmlab.errors import InputError
 from llmlab.evaluate.costs import unfit
 from llmlab.graph.graph import Graph
+from llmlab.graph.lower import onnxruntime_attention as lowering
 from llmlab.graph.lower.onnxruntime import lower
 from llmlab.quant.kv_scales import CACHES, Scales, place_scales
 from llmlab.runtime.batch import BlockCopy
@@ -65,6 +66,19 @@ def test_every_cache_equals_the_reference(tmp_path: Path, name: str, cache: str,
     expected = reference(graph)
     assert worst(execute(build(graph, tmp_path / "e", max_tokens_per_step=32)), expected) < TOLERANCE
     assert worst(reference(form((FORMS | LARGE)[name])), expected) > TOLERANCE, "rounding is seen"
+
+
+@pytest.mark.parametrize("cache", ["int8", "int4"])
+def test_scores_in_tiles_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    graph = quantized({"rotary": 16}, cache, "head")
+    found = []
+    for most in (1 << 25, 0):
+        monkeypatch.setattr(lowering, "_MOST_SCORES", most)
+        node = next(n for n in lower(graph, capacity=64).surgeon.nodes if n.op == "GroupQueryAttention")
+        assert (node.attrs["scale"], bool(node.inputs[11].name)) == (0.3, most > 0)
+        found.append(execute(build(graph, tmp_path / str(most), max_tokens_per_step=32)))
+        assert worst(found[-1], reference(graph)) < TOLERANCE
+    assert 0 < worst(*found) < 1e-5, "two ways to compute"
 
 
 @pytest.mark.parametrize("cache", ["int8", "int4"])
