@@ -81,7 +81,9 @@ def svg(points: Sequence[Point]) -> str:
         )
         side = "end" if cx > _WIDTH * 0.7 else "start"
         parts.append(_label(cx + (radius + 4) * (-1 if side == "end" else 1), cy + 4, p.name, side))
-    return f"<svg width='100%' style='max-width:{_WIDTH}px' viewBox='0 0 {_WIDTH} {_HEIGHT}'>{''.join(parts)}</svg>"
+    about = f"role='img' aria-label='{_ABOUT} over {_SPEED}, of {len(points)} engines'"
+    size = f"width='100%' style='max-width:{_WIDTH}px' viewBox='0 0 {_WIDTH} {_HEIGHT}'"
+    return f"<svg {size} {about}>{''.join(parts)}</svg>"
 
 
 def figure(points: Sequence[Point]) -> Any:

@@ -213,8 +213,12 @@ class PrecisionExplorer(Panel):
         return h(
             "div",
             h("h4", "Measured engines: accuracy, speed and size"),
-            figure,
-            measured_table(self.comparison.points, self.budget),
+            h(
+                "div",
+                figure,
+                h("div", measured_table(self.comparison.points, self.budget), class_="wide"),
+                class_="columns",
+            ),
         )
 
     def draw_build(self) -> Markup:
