@@ -48,7 +48,8 @@ def lower(graph: Graph, capacity: int, *, accuracy_level: int = 1, max_tokens: i
     What computes in float16 or bfloat16 does so in float32 here, each result rounded to that type (`lower/rounded.py`).
 
     accuracy_level: of products whose weights alone are quantized: 1 computes in float32, 4 rounds activations to int8 by blocks.
-    max_tokens: most new tokens of a step, without which it may fill a slot. It bounds what attention keeps in memory.
+    max_tokens: most new tokens of a step. Where their scores are few, attention keeps them in memory, and the keys in the slots may be
+        multiplied by a constant. Without it, attention goes by tiles, and the slots hold keys as the model has them.
     """
     result = graph.copy()
     edit = Editor(result)
@@ -67,7 +68,7 @@ def lower(graph: Graph, capacity: int, *, accuracy_level: int = 1, max_tokens: i
     surgeon.inputs += indices.values() if attention else ()
     surgeon.outputs = [t for t in surgeon.outputs if id(t) not in updated]
     positions = {t.name: t for t in surgeon.inputs if t.name == "position_ids"}
-    lowering = AttentionLowering(edit, indices | positions, capacity, max_tokens or capacity)
+    lowering = AttentionLowering(edit, indices | positions, capacity, max_tokens)
     packed = [lowering.packed_qkv(node) for node in attention]
     for layer, (node, qkv) in enumerate(zip(attention, packed, strict=True)):
         lowering.lower(node, qkv, layer)

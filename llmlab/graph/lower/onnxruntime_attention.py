@@ -32,10 +32,10 @@ class AttentionLowering:
     """Lowers the PagedAttention nodes of one graph, in order; they share indices and tables.
 
     indices: `unpack_index`, `pack_index`, `seqlens_k`, `query_seqlens` and `position_ids`, as `lower` describes them.
-    max_tokens: most new tokens of a step.
+    max_tokens: most new tokens of a step; without it attention goes by tiles.
     """
 
-    def __init__(self, edit: Editor, indices: dict[str, gs.Variable], capacity: int, max_tokens: int) -> None:
+    def __init__(self, edit: Editor, indices: dict[str, gs.Variable], capacity: int, max_tokens: int | None) -> None:
         self._edit = edit
         self._indices = indices
         self._capacity = capacity
@@ -86,7 +86,8 @@ class AttentionLowering:
         scale, sinks = attrs["scale"], operand(node, _SINKS)
         wide = cache.dtype == "float32"
         moves = wide and turns and 2 * int(node.inputs[8].shape[1]) == width and scale > 0
-        whole = (moves or not wide) and heads * self._max_tokens * self._capacity <= _MOST_SCORES
+        few = self._max_tokens is not None and heads * self._max_tokens * self._capacity <= _MOST_SCORES
+        whole = few and (moves or not wide)
         if whole and sinks is None:
             sinks = edit.constant(f"{where}/no_sink", np.full(heads, -np.inf, np.float32))
         root, scale = (float(np.sqrt(scale)), 1.0) if whole and moves else (1.0, scale)
