@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -30,8 +31,8 @@ PROMPTS = (
 )
 IN_FLIGHT = 32
 _NEXT = (
-    (f"llmlab chat {ENGINE}", "talk to it"),
-    ("make lab", "the same road step by step: notebooks/01_checkpoint_to_engine"),
+    (f"{{llmlab}} chat {ENGINE}", "talk to it"),
+    ("make lab", "step by step: notebooks/01_checkpoint_to_engine"),
     ("make test", "what proves all this"),
 )
 
@@ -139,8 +140,17 @@ def _report(console: Console, engine: ll.Engine, results: Sequence[Result], righ
     console.print()
     console.print(table)
     console.print("\n[bold]Next[/]")
-    for what, why in _NEXT:
-        console.print(f"  {what:<32} {why}")
+    commands = [what.format(llmlab=_command()) for what, _ in _NEXT]
+    for command, (_, why) in zip(commands, _NEXT, strict=True):
+        console.print(f"  {command:<{max(map(len, commands))}}  {why}")
+
+
+def _command() -> str:
+    """How the shell finds `llmlab`: by name, or in the virtual environment of this folder, where that isn't active."""
+    beside = Path(sys.executable).with_name("llmlab")
+    if shutil.which("llmlab") or not beside.is_relative_to(Path.cwd()):
+        return "llmlab"
+    return str(beside.relative_to(Path.cwd()))
 
 
 if __name__ == "__main__":

@@ -83,14 +83,12 @@ class AttentionLowering:
         cache_shape = ["R", kv_heads, self._capacity, cache.channels]
         past = [gs.Variable(f"past_{what}.{layer}", cache.held, cache_shape) for what in ("key", "value")]
         edit.surgeon.inputs.extend(past)
-        scale, sinks = attrs["scale"], operand(node, _SINKS)
-        wide = cache.dtype == "float32"
-        moves = wide and turns and 2 * int(node.inputs[8].shape[1]) == width and scale > 0
-        few = self._max_tokens is not None and heads * self._max_tokens * self._capacity <= _MOST_SCORES
-        whole = few and (moves or not wide)
-        if whole and sinks is None:
-            sinks = edit.constant(f"{where}/no_sink", np.full(heads, -np.inf, np.float32))
-        root, scale = (float(np.sqrt(scale)), 1.0) if whole and moves else (1.0, scale)
+        scale, sinks, root = attrs["scale"], operand(node, _SINKS), 1.0
+        if self._whole(node, turns, cache):
+            if sinks is None:
+                sinks = edit.constant(f"{where}/no_sink", np.full(heads, -np.inf, np.float32))
+            if cache.dtype == "float32":
+                root, scale = float(np.sqrt(scale)), 1.0
         cos, sin = (self._by_slot(operand(node, i), root) if turns else None for i in (8, 9))
         inputs = [*unpacked, *past, self._indices["seqlens_k"], self._total, cos, sin]
         inputs += [None] * (_HEAD_SINK - len(inputs)) + [sinks, *cache.scales()]
@@ -130,6 +128,15 @@ class AttentionLowering:
 
     def _cache(self, node: gs.Node) -> SlotCache:
         return SlotCache(self._edit, node, KVLayer.of(node), self._capacity, operand(node, _ALIBI_SLOPES) is not None)
+
+    def _whole(self, node: gs.Node, turns: bool, cache: SlotCache) -> bool:
+        """Whether the operator is to have all scores of a step in memory: where they are few and, for keys in float32, the tables of RoPE can
+        hold the scale."""
+        attrs = node.attrs
+        if self._max_tokens is None or attrs["num_heads"] * self._max_tokens * self._capacity > _MOST_SCORES:
+            return False
+        every = turns and 2 * int(node.inputs[8].shape[1]) == cache.width
+        return cache.dtype != "float32" or (every and attrs["scale"] > 0)
 
     def _shaped(self, node: gs.Node, turns: bool, cache: SlotCache) -> list[gs.Tensor]:
         """q, k, v [T, heads · width], turned unless the operator does it, with zeros and ALiBi's channels behind each head; k and

@@ -102,11 +102,7 @@ class OnnxRuntimeBackend:
             self._last = key, span, slots - span.low
             return
         _, span, rows = self._last
-        span.feeds["input_ids"][:] = batch.input_ids
-        span.feeds["seqlens_k"][rows] = batch.kv_len - 1
-        if self._takes_positions:
-            span.feeds["position_ids"][:] = batch.position_ids
-        self._start(span)
+        self._start(span, rows, batch.input_ids, batch.kv_len, batch.position_ids)
 
     def _run(self, batch: StepBatch, slots: NDArray[np.int32], start: int, end: int) -> _Span:
         """Run sequences [start, end) of the batch, and where they ran. Their logits get into their places."""
@@ -120,14 +116,23 @@ class OnnxRuntimeBackend:
         if span.layout != layout:
             self._lay_out(span, starts, slots, index, logits)
             span.layout = layout
-        span.feeds["input_ids"][:] = batch.input_ids[tokens]
-        span.feeds["seqlens_k"][slots - span.low] = batch.kv_len[start:end] - 1
-        if self._takes_positions:
-            span.feeds["position_ids"][:] = batch.position_ids[tokens]
-        self._start(span)
+        rows, kv_len = slots - span.low, batch.kv_len[start:end]
+        self._start(span, rows, batch.input_ids[tokens], kv_len, batch.position_ids[tokens])
         return span
 
-    def _start(self, span: _Span) -> None:
+    def _start(
+        self,
+        span: _Span,
+        rows: NDArray[np.int32],
+        input_ids: NDArray[np.int64],
+        kv_len: NDArray[np.int32],
+        position_ids: NDArray[np.int64],
+    ) -> None:
+        """Fill in what each step has of its own, and run. rows: of the span, one for each sequence."""
+        span.feeds["input_ids"][:] = input_ids
+        span.feeds["seqlens_k"][rows] = kv_len - 1
+        if self._takes_positions:
+            span.feeds["position_ids"][:] = position_ids
         began = time.perf_counter()
         span.session.run_with_iobinding(span.binding)
         self.run_seconds += time.perf_counter() - began
